@@ -1,0 +1,74 @@
+"""The frozen configuration of each component. Each part of Hornbeam sees only its own."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which checkpoint, and how it is read."""
+
+    path: str | None  # None: the embedded default
+    load_format: str
+    dtype: str  # "float32", "bfloat16", "float16"
+    context_len: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    """The key-value pool. One of `max_total_tokens` and `memory_fraction` sizes it."""
+
+    page_size: int
+    max_total_tokens: int | None
+    memory_fraction: float
+    radix: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOptions:
+    """Queue, admission and chunking."""
+
+    max_running_requests: int
+    max_queued_requests: int | None
+    chunked_prefill_size: int  # tokens of prompts per step
+    max_prefill_tokens: int
+    policy: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorOptions:
+    """The device and how steps run on it."""
+
+    device: str  # "cpu", "cuda"
+    attention_backend: str
+    overlap: bool
+    graph_batch_sizes: tuple[int, ...]  # empty: no graphs
+    num_threads: int  # CPU threads of a forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """The HTTP side."""
+
+    host: str
+    port: int
+    api_key: str | None
+    admin_api_key: str | None
+    served_model_name: str
+    chat_template: str | None
+    log_level: str
+    stream_interval: int
+    incremental_streaming: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What an engine process is made of, and for each value why it is so."""
+
+    model: ModelOptions
+    cache: CacheOptions
+    scheduler: SchedulerOptions
+    executor: ExecutorOptions
+    reasons: dict[str, tuple[Any, str]]  # flag name -> (value, reason)

@@ -1,0 +1,59 @@
+"""The contract of a model family: what a folder under `models/` offers to the rest.
+
+A family declares; the core merges. Importing its `spec` module must not import torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from hornbeam.core.cache_spec import CacheSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What every part may know of a model; a family's own configuration extends it."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    context_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str  # of the checkpoint: "bfloat16", "float32", ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a checkpoint tensor goes: `parameter` of the model, as part `part` of it if several are fused."""
+
+    parameter: str
+    part: int = 0
+    transform: Literal["none", "unpermute_heads"] = "none"  # unpermute_heads: undo GGUF's rotary row order
+    heads: int = 0  # for unpermute_heads
+
+
+class ModelFamily(Protocol):
+    """One folder under `models/`; `FAMILY` in its `spec` module. `models/index.py` lists its architectures.
+
+    Optional attributes, asked for by name where they matter: `step_state`, `chat_format`, `media`.
+    """
+
+    name: str
+
+    def parse(self, hf_config: Mapping[str, Any]) -> ModelConfig:
+        """Read a Hugging Face config. Raises ConfigError for a setting that the family does not implement."""
+
+    def cache_specs(self, config: Any) -> tuple[CacheSpec, ...]:
+        """The cache groups; their layers together are all layers that cache."""
+
+    def defaults(self, config: Any, platform: str) -> Mapping[str, Any]:
+        """Config values (flag name -> value) this family prefers on a platform; users' flags win."""
+
+    def build(self, config: Any, context: Any) -> Any:
+        """The model, without weights: `forward(ids, positions, fwd)` and `logits(hidden)`. Imports torch."""
+
+    def weight_map(self, config: Any) -> Mapping[str, Placement]:
+        """Every tensor the checkpoint must hold, by name, and its place. Nothing more, nothing less."""
