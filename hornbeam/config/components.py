@@ -21,7 +21,7 @@ class CacheOptions:
 
     page_size: int
     max_total_tokens: int | None
-    memory_fraction: float
+    memory_fraction: float  # of the device's memory, weights included
     radix: bool
 
 
@@ -32,9 +32,7 @@ class SchedulerOptions:
     max_running_requests: int
     max_queued_requests: int | None
     chunked_prefill_size: int  # tokens of prompts per step
-    max_prefill_tokens: int
-    policy: str
-    seed: int
+    seed: int  # of the requests that bring none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +42,12 @@ class ExecutorOptions:
     device: str  # "cpu", "cuda"
     attention_backend: str
     overlap: bool
-    graph_batch_sizes: tuple[int, ...]  # empty: no graphs
-    num_threads: int  # CPU threads of a forward
+    graph_batch_sizes: tuple[int, ...]  # decode batches captured as graphs, ascending; empty: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """The HTTP side."""
+    """The HTTP side, and how text is made of ids."""
 
     host: str
     port: int
@@ -58,9 +55,18 @@ class ServeOptions:
     admin_api_key: str | None
     served_model_name: str
     chat_template: str | None
+    skip_tokenizer: bool  # ids in, ids out
     log_level: str
     stream_interval: int
     incremental_streaming: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """A resolved value and why it is so."""
+
+    value: Any
+    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,4 +77,4 @@ class EngineOptions:
     cache: CacheOptions
     scheduler: SchedulerOptions
     executor: ExecutorOptions
-    reasons: dict[str, tuple[Any, str]]  # flag name -> (value, reason)
+    reasons: dict[str, Reason]  # flag name -> value and why

@@ -87,6 +87,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
+        """Rows of the forward pass, without padding."""
         return len(self.decode) + sum(len(chunk.token_ids) for chunk in self.chunks)
 
 

@@ -26,6 +26,7 @@ class Choice(Generic[T]):
 
     @property
     def reason(self) -> str:
+        """One line for the log."""
         return "; ".join(f"{name} skipped: {why}" for name, why in self.skipped) or "first choice"
 
 
@@ -41,6 +42,7 @@ class Registry(Generic[Query, T]):
     entries: dict[str, str] = field(default_factory=dict)
 
     def names(self) -> tuple[str, ...]:
+        """All entries, other packages' included, in order of preference."""
         return tuple(self._all())
 
     def load(self, name: str) -> T:

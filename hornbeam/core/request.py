@@ -37,6 +37,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is taken, without chance."""
         return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
 
 

@@ -1,0 +1,152 @@
+"""Every flag, once: name, type, help. The command line and `Engine(**kwargs)` share the table.
+
+Names, aliases and meanings follow SGLang's where the feature is the same, so that scripts keep working.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hornbeam.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flag:
+    """One user-settable value. `default` is for people: "auto" means that `resolve` decides and says why."""
+
+    name: str  # as a Python keyword: page_size is --page-size
+    group: str
+    help: str
+    type: type = str
+    default: Any = None
+    choices: tuple[Any, ...] = ()
+    aliases: tuple[str, ...] = ()
+    many: bool = False  # takes several values
+
+
+FLAGS: tuple[Flag, ...] = (
+    Flag(
+        name="model_path",
+        group="model",
+        aliases=("model",),
+        help="Folder with config.json and safetensors, or a GGUF file. Default: a small chat model is fetched once.",
+    ),
+    Flag(
+        name="load_format",
+        group="model",
+        default="auto",
+        choices=("auto", "safetensors", "gguf", "dummy"),
+        help="How weights are read; dummy draws random ones from config.json alone.",
+    ),
+    Flag(
+        name="dtype",
+        group="model",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16", "float", "half"),
+        help="Of weights and activations. auto: float32 on CPUs, the checkpoint's own on GPUs.",
+    ),
+    Flag(name="context_length", group="model", type=int, help="Tokens of prompt and output together, at most."),
+    Flag(
+        name="skip_tokenizer_init",
+        group="model",
+        type=bool,
+        default=False,
+        help="Token ids in, token ids out: load no tokenizer.",
+    ),
+    Flag(name="chat_template", group="model", help="File with a Jinja chat template, in place of the model's own."),
+    Flag(name="random_seed", group="model", type=int, default=0, help="Of dummy weights and unseeded sampling."),
+    Flag(name="host", group="server", default="127.0.0.1", help="Address to listen on."),
+    Flag(name="port", group="server", type=int, default=30000, help="Port to listen on; 0 takes a free one."),
+    Flag(name="api_key", group="server", help="Bearer key that requests must carry."),
+    Flag(name="admin_api_key", group="server", help="Bearer key for admin requests such as /flush_cache."),
+    Flag(name="served_model_name", group="server", help="Name in /v1/models. Default: the model path."),
+    Flag(
+        name="log_level",
+        group="server",
+        default="info",
+        choices=("debug", "info", "warning", "error"),
+        help="Least severe message to log.",
+    ),
+    Flag(name="stream_interval", group="server", type=int, default=1, help="Tokens between two stream chunks."),
+    Flag(
+        name="incremental_streaming_output",
+        group="server",
+        aliases=("stream_output",),
+        type=bool,
+        default=False,
+        help="Streams of /generate carry only what is new, not all so far.",
+    ),
+    Flag(name="page_size", group="memory", type=int, help="Tokens per page of the key-value cache."),
+    Flag(name="max_total_tokens", group="memory", type=int, help="Size of the key-value cache in tokens."),
+    Flag(
+        name="mem_fraction_static",
+        group="memory",
+        type=float,
+        help="Share of the device's memory for weights and key-value cache.",
+    ),
+    Flag(name="disable_radix_cache", group="memory", type=bool, default=False, help="Do not reuse prefixes."),
+    Flag(name="max_running_requests", group="scheduling", type=int, help="Requests that run at once."),
+    Flag(name="max_queued_requests", group="scheduling", type=int, help="Waiting requests before 503 is answered."),
+    Flag(
+        name="chunked_prefill_size",
+        group="scheduling",
+        type=int,
+        help="Prompt tokens per step; -1: as many as the context is long.",
+    ),
+    Flag(
+        name="disable_overlap_schedule",
+        group="scheduling",
+        type=bool,
+        default=False,
+        help="Wait for each step before the next is planned.",
+    ),
+    Flag(name="device", group="device", default="auto", choices=("auto", "cpu", "cuda"), help="Where the model runs."),
+    Flag(
+        name="attention_backend",
+        group="device",
+        default="auto",
+        help="auto, flashinfer, triton or reference.",
+    ),
+    Flag(name="disable_cuda_graph", group="device", type=bool, default=False, help="Launch decode kernels one by one."),
+    Flag(
+        name="cuda_graph_bs",
+        group="device",
+        aliases=("cuda_graph_bs_decode",),
+        type=int,
+        many=True,
+        help="Decode batch sizes to capture as CUDA graphs.",
+    ),
+    Flag(
+        name="cuda_graph_max_bs",
+        group="device",
+        aliases=("cuda_graph_max_bs_decode",),
+        type=int,
+        help="Largest decode batch captured as a CUDA graph.",
+    ),
+)
+
+_BY_NAME = {name: flag for flag in FLAGS for name in (flag.name, *flag.aliases)}
+
+
+def check_flags(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's values by canonical name, None dropped.
+
+    Raises:
+        ConfigError: an unknown name, a wrong type or a value that is not among the choices.
+    """
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        flag = _BY_NAME.get(name)
+        if flag is None:
+            raise ConfigError(f"unknown option {name!r}; the options are: {', '.join(f.name for f in FLAGS)}")
+        if value is None:
+            continue
+        accepted: tuple[type, ...] = (int, float) if flag.type is float else (flag.type,)
+        items = value if flag.many and isinstance(value, (list, tuple)) else (value,)
+        for item in items:
+            if not isinstance(item, accepted) or (isinstance(item, bool) and flag.type is not bool):
+                raise ConfigError(f"{name} takes {flag.type.__name__}, not {item!r}")
+            if flag.choices and item not in flag.choices:
+                raise ConfigError(f"{name} must be one of {', '.join(map(str, flag.choices))}, not {item!r}")
+        checked[flag.name] = tuple(items) if flag.many else value
+    return checked

@@ -1,0 +1,137 @@
+"""From what the user set, the family prefers and the machine can do, to frozen options; every value with its reason.
+
+Precedence: the user's flag, then the family's preference, then the platform's, then the flag's own default.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from hornbeam.config.components import (
+    CacheOptions,
+    EngineOptions,
+    ExecutorOptions,
+    ModelOptions,
+    Reason,
+    SchedulerOptions,
+    ServeOptions,
+)
+from hornbeam.config.flags import FLAGS
+from hornbeam.core.errors import ConfigError
+from hornbeam.core.family import ModelConfig
+from hornbeam.core.platform import PlatformFacts
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float": "float32", "half": "float16"}
+_DEFAULTS = {flag.name: flag.default for flag in FLAGS}
+DEFAULT_GRAPH_BATCH_SIZES = (1, 2, 4, 8, *range(16, 129, 8), *range(144, 257, 16))
+
+
+class _Resolver:
+    """Answers each question once and remembers why."""
+
+    def __init__(self, sources: tuple[tuple[str, Mapping[str, Any]], ...]) -> None:
+        self._sources = sources
+        self.reasons: dict[str, Reason] = {}
+
+    def pick(self, name: str, derived: Any = None, why: str = "") -> Any:
+        """The first source's value for flag `name`; if none has one, `derived` because of `why`, else the default."""
+        for source, values in self._sources:
+            if values.get(name) not in (None, "auto"):
+                return self.note(name, values[name], source)
+        if derived is not None:
+            return self.note(name, derived, why)
+        return self.note(name, _DEFAULTS[name], "default")
+
+    def note(self, name: str, value: Any, why: str) -> Any:
+        self.reasons[name] = Reason(value=value, why=why)
+        return value
+
+
+def resolve_engine(
+    user: Mapping[str, Any],
+    family_name: str,
+    family_defaults: Mapping[str, Any],
+    model: ModelConfig,
+    platform: PlatformFacts,
+) -> EngineOptions:
+    """The engine's options. `user` comes from `check_flags`.
+
+    Raises:
+        ConfigError: a value that cannot work with this model or machine.
+    """
+    resolver = _Resolver((("flag", user), (f"family {family_name} prefers it", family_defaults)))
+    pick, why = resolver.pick, f"suits {platform.device}"
+    dtype = pick("dtype", platform.dtype or model.dtype, why if platform.dtype else "the checkpoint's own")
+    context_len = pick("context_length", model.context_len, "the model's own")
+    if context_len > model.context_len:
+        raise ConfigError(f"--context-length {context_len} exceeds the model's {model.context_len} positions")
+    chunk = pick("chunked_prefill_size", platform.chunked_prefill_size, why)
+    max_running = _positive(resolver, "max_running_requests", platform.max_running_requests, why)
+    options = EngineOptions(
+        model=ModelOptions(
+            path=user.get("model_path"),
+            load_format=pick("load_format", "auto", "by the files that are there"),
+            dtype=_DTYPES.get(dtype, dtype),
+            context_len=context_len,
+            seed=pick("random_seed"),
+        ),
+        cache=CacheOptions(
+            page_size=_positive(resolver, "page_size", platform.page_size, why),
+            max_total_tokens=pick("max_total_tokens"),
+            memory_fraction=pick("mem_fraction_static", platform.memory_fraction, why),
+            radix=not pick("disable_radix_cache"),
+        ),
+        scheduler=SchedulerOptions(
+            max_running_requests=max_running,
+            max_queued_requests=pick("max_queued_requests"),
+            chunked_prefill_size=chunk if chunk > 0 else context_len,
+            seed=resolver.reasons["random_seed"].value,
+        ),
+        executor=ExecutorOptions(
+            device=resolver.note("device", platform.name, why),
+            attention_backend=pick("attention_backend", "auto", "the first that supports the model here"),
+            overlap=not pick("disable_overlap_schedule"),
+            graph_batch_sizes=_graph_batch_sizes(resolver, platform, max_running),
+        ),
+        reasons=resolver.reasons,
+    )
+    for name, reason in resolver.reasons.items():
+        logger.info("%s = %s (%s)", name, reason.value, reason.why)
+    return options
+
+
+def _positive(resolver: _Resolver, name: str, derived: int, why: str) -> int:
+    value: int = resolver.pick(name, derived, why)
+    if value < 1:
+        raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    return value
+
+
+def _graph_batch_sizes(resolver: _Resolver, platform: PlatformFacts, max_running: int) -> tuple[int, ...]:
+    if resolver.pick("disable_cuda_graph") or not platform.graphs:
+        return ()
+    sizes = resolver.pick("cuda_graph_bs", DEFAULT_GRAPH_BATCH_SIZES, "steps of 8, then of 16")
+    largest = min(resolver.pick("cuda_graph_max_bs", max(sizes), "the largest listed"), max_running)
+    return tuple(sorted({size for size in (*sizes, largest) if size <= largest}))
+
+
+def resolve_serve(user: Mapping[str, Any], default_model_name: str) -> ServeOptions:
+    """The server process's options. Raises ConfigError for a value that cannot work."""
+    resolver = _Resolver((("flag", user),))
+    pick = resolver.pick
+    if not 0 <= pick("port") < 65536:
+        raise ConfigError(f"--port must be in 0..65535, not {pick('port')}")
+    return ServeOptions(
+        host=pick("host"),
+        port=pick("port"),
+        api_key=pick("api_key"),
+        admin_api_key=pick("admin_api_key"),
+        served_model_name=pick("served_model_name", user.get("model_path") or default_model_name, "the model path"),
+        chat_template=pick("chat_template"),
+        skip_tokenizer=pick("skip_tokenizer_init"),
+        log_level=pick("log_level"),
+        stream_interval=_positive(resolver, "stream_interval", 1, "default"),
+        incremental_streaming=pick("incremental_streaming_output"),
+    )
