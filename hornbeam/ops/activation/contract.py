@@ -1,0 +1,24 @@
+"""The gated activations of feed-forward layers (Shazeer, 2020)."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from hornbeam.core.registry import Registry
+from hornbeam.ops.query import OpQuery
+
+
+class Activation(Protocol):
+    """T tokens, I inner features."""
+
+    def supports(self, query: OpQuery) -> str | None:
+        """None, or the reason why not."""
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        """silu(x[:, :I]) * x[:, I:], of [T, 2I] -> [T, I]."""
+
+
+ACTIVATION: Registry[OpQuery, Activation] = Registry(
+    "activation",
+    {"triton": "hornbeam.ops.activation.triton:BACKEND", "reference": "hornbeam.ops.activation.reference:BACKEND"},
+)

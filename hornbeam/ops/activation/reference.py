@@ -1,0 +1,22 @@
+"""Gated activations in plain torch."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hornbeam.ops.query import OpQuery
+
+
+class ReferenceActivation:
+    """Serves every device and shape."""
+
+    def supports(self, query: OpQuery) -> str | None:
+        """Always."""
+        return None
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        """See `Activation`."""
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+
+BACKEND = ReferenceActivation()

@@ -1,0 +1,85 @@
+"""Attention of a step's queries over the paged cache: what is planned once a step, and what runs in every layer.
+
+B rows (requests), T query tokens, Hq query heads, Hk key-value heads of D features, pages of S tokens.
+Queries of row i are the last ones of its sequence: the query at distance j from the row's end sees all but the
+last j tokens (causal). Keys and values of the whole step are written before any of it attends.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hornbeam.core.registry import Registry
+from hornbeam.ops.query import OpQuery
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """What is fixed for the life of a backend, for one cache group of one rank."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    max_pages: int  # entries of a page table
+    scale: float  # of the dot products
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Who attends: on the device exactly, on the host as upper bounds (equal, unless drafts were rejected)."""
+
+    page_tables: Tensor  # [num_slots + 1, max_pages] int32, of all slots
+    slots: Tensor  # [B] int64
+    lens: Tensor  # [B] int32: tokens in the cache, those of this step included
+    len_bounds: Sequence[int]  # B upper bounds of `lens`
+    query_lens: Sequence[int]  # B: queries of each row; for decode all the same
+    captured: bool = False  # `attend` runs inside a graph: addresses must stay the same for this B
+
+
+class Attend(Protocol):
+    """A planned attention; valid until the same lane plans again."""
+
+    def __call__(self, q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        """q [T, Hq, D] over k_pages and v_pages [P, S, Hk, D] -> [T, Hq, D]."""
+
+
+class Attention(Protocol):
+    """One instance per lane: two steps may be under way, and one's plan must not overwrite the other's."""
+
+    def plan_decode(self, rows: Rows) -> Attend:
+        """For rows with one query each (or the same small number). Host work and uploads only.
+
+        With `rows.captured`, the result for a given B is always the same object over the same addresses; the tensors
+        in `rows` are then the same at each call, and their contents at the time of the replay are what counts.
+        """
+
+    def plan_prefill(self, rows: Rows) -> Attend:
+        """For rows with any numbers of queries."""
+
+
+class AttentionBackend(Protocol):
+    """A registry entry: says what it can do and makes instances."""
+
+    captures: bool  # `attend` can run inside a device graph
+
+    def supports(self, query: OpQuery) -> str | None:
+        """None, or the reason why not."""
+
+    def create(self, shape: AttentionShape, max_rows: int) -> Attention:
+        """An instance for one lane. `max_rows`: the most rows that one plan will hold."""
+
+
+ATTENTION: Registry[OpQuery, AttentionBackend] = Registry(
+    "attention",
+    {
+        "flashinfer": "hornbeam.ops.attention.flashinfer:BACKEND",
+        "triton": "hornbeam.ops.attention.triton:BACKEND",
+        "reference": "hornbeam.ops.attention.reference:BACKEND",
+    },
+)

@@ -1,0 +1,17 @@
+"""What an op's backends are asked before one is chosen."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpQuery:
+    """The machine and the shapes that a backend must serve."""
+
+    device: str  # "cpu", "cuda"
+    dtype: str  # of activations
+    num_heads: int  # query heads of this rank
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    window: int | None = None  # a query sees only the last `window` tokens
+    soft_cap: float | None = None

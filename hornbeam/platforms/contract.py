@@ -1,0 +1,42 @@
+"""What the executor needs of a device: memory, an ordered queue of work, staging, and graphs."""
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from hornbeam.core.platform import PlatformFacts
+
+T = TypeVar("T", covariant=True)
+
+
+class Pending(Protocol[T]):
+    """Work under way on the device."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until done, or until `timeout` seconds have passed where the device allows it. Whether it is done."""
+
+    def result(self) -> T:
+        """Block until done; the result, or the exception that the work raised."""
+
+
+class Platform(Protocol):
+    """One kind of device. Work submitted to it runs in order."""
+
+    device: torch.device
+
+    def facts(self) -> PlatformFacts:
+        """What the machine is and prefers."""
+
+    def free_memory(self) -> tuple[int, int]:
+        """Bytes free and bytes in all, on the device."""
+
+    def submit(self, work: Callable[[], Callable[[], T]]) -> Pending[T]:
+        """Start `work`; when all it enqueued is done, the callable it returned makes the result on the host."""
+
+    def upload(self, host: Tensor, lane: int) -> Tensor:
+        """Copy a CPU tensor to the device without waiting; a lane's staging memory is free again after its step."""
+
+    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Record `run` as a graph; the result replays it and returns the same output tensor. Asks facts().graphs."""
