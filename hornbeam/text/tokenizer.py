@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hornbeam.core.errors import BadRequest, ConfigError
 from hornbeam.text.formats.contents import TokenizerContents
@@ -113,11 +114,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(read_folder(path))
 
 
-def _decoder_types(decoder: object) -> frozenset[str]:
+def _decoder_types(decoder: Any) -> frozenset[str]:
     """The type names of a `tokenizers` decoder and, if it is a sequence, of its steps."""
     if decoder is None:
         return frozenset()
-    state = json.loads(decoder.__getstate__())  # type: ignore[attr-defined]
+    state = json.loads(decoder.__getstate__())
     return frozenset(step["type"] for step in [state, *state.get("decoders", ())])
 
 

@@ -15,7 +15,7 @@ from hornbeam.text.formats.contents import TokenizerContents
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
-# How words split, as regular expressions: contractions, then words, numbers of up to that many digits, punctuation, spaces
+# How text splits into words: contractions, letters, numbers (as filled in), punctuation, line ends, spaces
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # Template variable -> metadata entry that holds the token's id

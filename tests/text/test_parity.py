@@ -1,0 +1,87 @@
+"""The same folder, read by us and by transformers."""
+
+import pytest
+
+from hornbeam.text.chat import ChatTemplate
+from hornbeam.text.session import TextOptions, TextSession
+from hornbeam.text.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.cpu
+
+TEMPLATE = """{{- bos_token }}
+{%- if tools is not none %}
+    {{- '[tools]' + tools | tojson(indent=2) }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message['role'] not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception('unknown role ' + message['role']) }}
+    {%- endif %}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}
+        {{- '<|' + message.role + '|>' + message.content + eos_token }}
+        {%- endgeneration %}
+        {%- continue %}
+    {%- endif %}
+    {{- '<|' + message.role + '|>\n' + message.content | trim + eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+{%- endif %}
+"""
+CHATS = [
+    [{"role": "user", "content": " Hi <there> & größe 🙂 "}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1"}],
+    [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one, two,"}],
+]
+TOOLS = [{"type": "function", "function": {"name": "größe", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, byte_level_backend):
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["The café in 東京 👩‍👩‍👧", "<s>Paris</s> two words", "", "  a\n\n b\t12345"])
+def test_ids_and_text(folder, theirs, text):
+    ours = load_tokenizer(folder)
+    for add in (True, False):
+        assert ours.encode(text, add_special_tokens=add) == theirs.encode(text, add_special_tokens=add)
+    ids = ours.encode(text)
+    for skip in (True, False):
+        expected = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        assert ours.decode(ids, skip_special_tokens=skip) == expected
+        assert TextSession(ours, TextOptions(skip_special_tokens=skip)).feed(ids, True).text == expected
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("messages", CHATS)
+def test_prompts(folder, theirs, messages, tools):
+    tokenizer = load_tokenizer(folder)
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    for add in (True, False):
+        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=add)
+        assert template.render(messages, tools=tools, add_generation_prompt=add) == expected
+    expected = theirs.apply_chat_template(CHATS[-1], tokenize=False, continue_final_message=True)
+    assert template.render(CHATS[-1], continue_final_message=True) == expected
+
+
+def test_facts(folder, theirs):
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.vocab_size == len(theirs)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (theirs.bos_token_id, {theirs.eos_token_id})
+    assert tokenizer.special_ids == set(theirs.all_special_ids) | {2}
+    assert tokenizer.special_tokens == theirs.special_tokens_map
