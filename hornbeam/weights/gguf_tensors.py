@@ -1,0 +1,150 @@
+"""A GGUF file in Hugging Face's terms: its metadata as a config, its tensors under the usual names.
+
+The translation is the same for every architecture; what it does not know keeps its GGUF name, so that the loader
+can name it.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hornbeam.core.errors import ConfigError
+from hornbeam.weights.gguf import GgufFile, GgufTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# metadata key behind "<architecture>." -> config.json key
+_CONFIG_KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "rope.freq_base": "rope_theta",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+}
+_TENSOR_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_TENSOR_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<what>\w+)\.(?P<kind>weight|bias)")
+_DTYPES = {"F32": "float32", "F16": "float16"}  # of blocks, whose numbers had the range of bfloat16: that
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensors:
+    """A `TensorSource` over one GGUF file; tensors are dequantized to float32 as they are read."""
+
+    file: GgufFile
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Row-major shape of every tensor by its Hugging Face name."""
+        return {name: tensor.shape for name, tensor in self._tensors().items()}
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, "Tensor"]]:
+        """The named tensors in file order. Raises ConfigError for a block format that is not supported."""
+        from hornbeam.quant.gguf import dequantize  # imports torch, which the server process does without
+
+        for name, tensor in self._tensors().items():
+            if name in names:
+                try:
+                    yield name, dequantize(tensor.data, tensor.type_name, tensor.shape)
+                except ConfigError as error:
+                    raise ConfigError(f"{self.file.path}: tensor {tensor.name}: {error}") from error
+
+    def _tensors(self) -> dict[str, GgufTensor]:
+        return {hugging_face_name(name): tensor for name, tensor in self.file.tensors.items()}
+
+
+def hugging_face_name(name: str) -> str:
+    """The usual name of GGUF tensor `name`; a name that is not known comes back as it is."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return name
+    layer, what, kind = match.group("layer", "what", "kind")
+    if layer is None:
+        return f"{_TENSOR_NAMES.get(what, what)}.{kind}"
+    return f"model.layers.{layer}.{_LAYER_TENSOR_NAMES[what]}.{kind}" if what in _LAYER_TENSOR_NAMES else name
+
+
+def hugging_face_config(file: GgufFile) -> dict[str, Any]:
+    """What config.json would say. The architecture is "gguf:" and GGUF's own name for it.
+
+    Raises:
+        ConfigError: no architecture or no embedding, a part of a split file, or rotary factors given as a tensor.
+    """
+    metadata, tensors = file.metadata, file.tensors
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or "token_embd.weight" not in tensors:
+        raise ConfigError(f"{file.path} holds no language model: it lacks an architecture or token_embd.weight")
+    if metadata.get("split.count", 1) > 1:
+        raise ConfigError(f"{file.path} is one part of several; merge them with llama-gguf-split --merge")
+    if "rope_freqs.weight" in tensors:
+        raise ConfigError(
+            f"{file.path} scales rotary frequencies by a tensor, not supported: take the safetensors files"
+        )
+    embedding = tensors["token_embd.weight"]
+    config = {
+        ours: metadata[f"{architecture}.{theirs}"]
+        for theirs, ours in _CONFIG_KEYS.items()
+        if f"{architecture}.{theirs}" in metadata
+    }
+    config |= {
+        "architectures": [f"gguf:{architecture}"],
+        "model_type": architecture,
+        "vocab_size": embedding.shape[0],
+        "dtype": _DTYPES.get(embedding.type_name, "bfloat16"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+    }
+    return config | _rope(metadata, architecture, config) | special_ids(file)
+
+
+def special_ids(file: GgufFile) -> dict[str, Any]:
+    """`bos_token_id` and `eos_token_id` as in generation_config.json: a turn's end also ends generation."""
+    get = file.metadata.get
+    ends = [get("tokenizer.ggml.eos_token_id"), get("tokenizer.ggml.eot_token_id")]
+    unique = list(dict.fromkeys(token_id for token_id in ends if token_id is not None))
+    ids = {
+        "bos_token_id": get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": unique[0] if len(unique) == 1 else unique,
+    }
+    return {name: value for name, value in ids.items() if value not in (None, [])}
+
+
+def _rope(metadata: dict[str, Any], architecture: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Partial rotation and scaling, where they differ from the usual."""
+    settings: dict[str, Any] = {}
+    rotated = metadata.get(f"{architecture}.rope.dimension_count")
+    hidden_size, num_heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if isinstance(rotated, int) and isinstance(hidden_size, int) and isinstance(num_heads, int) and num_heads:
+        head_dim = config.get("head_dim", hidden_size // num_heads)
+        if rotated != head_dim:
+            settings["partial_rotary_factor"] = rotated / head_dim
+    scaling = f"{architecture}.rope.scaling."
+    kind = metadata.get(scaling + "type", "none")
+    if kind != "none":
+        settings["rope_scaling"] = {
+            "rope_type": kind,
+            "factor": metadata.get(scaling + "factor"),
+            "original_max_position_embeddings": metadata.get(scaling + "original_context_length"),
+        }
+    return settings

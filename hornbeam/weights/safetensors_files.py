@@ -1,0 +1,81 @@
+"""Tensors of a Hugging Face folder's safetensors files, memory-mapped. Knows nothing of models or configurations."""
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from hornbeam.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFiles:
+    """A `TensorSource` over files that together hold each tensor once."""
+
+    paths: tuple[Path, ...]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by name, from the files' headers. Raises ConfigError for a damaged file."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in self.paths:
+            with _opened(path, "numpy") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    if name in shapes:
+                        raise ConfigError(f"{path} repeats {name} of another file and there is no {_INDEX} to choose")
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        return shapes
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, "Tensor"]]:
+        """The named tensors, file by file, each a view of the mapped file in the checkpoint's own dtype."""
+        for path in self.paths:
+            with _opened(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name in names:
+                        yield name, file.get_tensor(name)
+
+
+def find_safetensors(folder: Path) -> SafetensorsFiles:
+    """The files that `model.safetensors.index.json` lists, or without one all `*.safetensors` of `folder`.
+
+    Raises:
+        ConfigError: there are none, or the index is broken or lists a file that is not there.
+    """
+    index = folder / _INDEX
+    if index.exists():
+        paths = tuple(folder / name for name in _listed_files(index))
+        absent = [path.name for path in paths if not path.exists()]
+        if absent:
+            raise ConfigError(f"{index} lists {', '.join(absent)}, not there; finish the download of {folder}")
+    else:
+        paths = tuple(sorted(folder.glob("*.safetensors")))
+    if not paths:
+        raise ConfigError(
+            f"{folder} holds no *.safetensors (other weight files are not read); convert them, or pass "
+            "--load-format dummy to run with random weights"
+        )
+    return SafetensorsFiles(paths)
+
+
+def _listed_files(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} is not a usable safetensors index ({error!r}); download it again") from error
+
+
+@contextmanager
+def _opened(path: Path, framework: str) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read {path}: {error}; is it truncated? Download it again") from error
