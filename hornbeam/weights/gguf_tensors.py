@@ -27,6 +27,7 @@ _CONFIG_KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
+    "rope.dimension_count": "rotary_dim",
     "expert_count": "num_local_experts",
     "expert_used_count": "num_experts_per_tok",
 }
@@ -94,12 +95,10 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or "token_embd.weight" not in tensors:
         raise ConfigError(f"{file.path} holds no language model: it lacks an architecture or token_embd.weight")
-    if metadata.get("split.count", 1) > 1:
-        raise ConfigError(f"{file.path} is one part of several; merge them with llama-gguf-split --merge")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise ConfigError(f"{file.path} is one part of several; merge them into one file first")
     if "rope_freqs.weight" in tensors:
-        raise ConfigError(
-            f"{file.path} scales rotary frequencies by a tensor, not supported: take the safetensors files"
-        )
+        raise ConfigError(f"{file.path} gives rotary factors as a tensor, not supported: take the safetensors files")
     embedding = tensors["token_embd.weight"]
     config = {
         ours: metadata[f"{architecture}.{theirs}"]
@@ -115,7 +114,7 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
     }
-    return config | _rope(metadata, architecture, config) | special_ids(file)
+    return config | _rope_scaling(metadata, architecture) | special_ids(file)
 
 
 def special_ids(file: GgufFile) -> dict[str, Any]:
@@ -130,21 +129,14 @@ def special_ids(file: GgufFile) -> dict[str, Any]:
     return {name: value for name, value in ids.items() if value not in (None, [])}
 
 
-def _rope(metadata: dict[str, Any], architecture: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Partial rotation and scaling, where they differ from the usual."""
-    settings: dict[str, Any] = {}
-    rotated = metadata.get(f"{architecture}.rope.dimension_count")
-    hidden_size, num_heads = config.get("hidden_size"), config.get("num_attention_heads")
-    if isinstance(rotated, int) and isinstance(hidden_size, int) and isinstance(num_heads, int) and num_heads:
-        head_dim = config.get("head_dim", hidden_size // num_heads)
-        if rotated != head_dim:
-            settings["partial_rotary_factor"] = rotated / head_dim
-    scaling = f"{architecture}.rope.scaling."
-    kind = metadata.get(scaling + "type", "none")
-    if kind != "none":
-        settings["rope_scaling"] = {
-            "rope_type": kind,
-            "factor": metadata.get(scaling + "factor"),
-            "original_max_position_embeddings": metadata.get(scaling + "original_context_length"),
-        }
-    return settings
+def _rope_scaling(metadata: dict[str, Any], architecture: str) -> dict[str, Any]:
+    key = f"{architecture}.rope.scaling."
+    kind = metadata.get(key + "type", "none")
+    if kind == "none":
+        return {}
+    scaling = {
+        "rope_type": kind,
+        "factor": metadata.get(key + "factor"),
+        "original_max_position_embeddings": metadata.get(key + "original_context_length"),
+    }
+    return {"rope_scaling": {name: value for name, value in scaling.items() if value is not None}}
