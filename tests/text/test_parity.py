@@ -1,6 +1,9 @@
 """The same folder, read by us and by transformers."""
 
+import json
+
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from hornbeam.text.chat import ChatTemplate
 from hornbeam.text.session import TextOptions, TextSession
@@ -77,6 +80,22 @@ def test_prompts(folder, theirs, messages, tools):
         assert template.render(messages, tools=tools, add_generation_prompt=add) == expected
     expected = theirs.apply_chat_template(CHATS[-1], tokenize=False, continue_final_message=True)
     assert template.render(CHATS[-1], continue_final_message=True) == expected
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("add_bos", [False, None])
+def test_bos(tmp_path, byte_level_backend, add_bos, in_file):
+    transformers = pytest.importorskip("transformers")
+    backend = type(byte_level_backend).from_str(byte_level_backend.to_str())
+    frame = "<s> $A" if in_file else "$A"
+    backend.post_processor = TemplateProcessing(single=frame, special_tokens=[("<s>", 0)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    if add_bos is not None:
+        config["add_bos_token"] = add_bos
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).encode("Paris") == theirs.encode("Paris")
 
 
 def test_facts(folder, theirs):

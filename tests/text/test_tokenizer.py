@@ -72,15 +72,16 @@ def test_stored_truncation_and_padding_are_dropped(tmp_path, byte_level_backend)
     assert len(load_tokenizer(tmp_path).encode(text)) == len(byte_level_backend.encode(text).ids) > 3
 
 
-@pytest.mark.parametrize("in_post_processor", [False, True])
-def test_bos_is_added_once_and_only_when_asked(byte_level_backend, in_post_processor):
+@pytest.mark.parametrize("backend_adds", [False, True])
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_bos_is_added_once_and_only_when_asked(byte_level_backend, add_bos, backend_adds):
     backend = type(byte_level_backend).from_str(byte_level_backend.to_str())
-    if in_post_processor:
+    if backend_adds:
         backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = Tokenizer(TokenizerContents(backend=backend, bos_id=0, add_bos=True))
+    tokenizer = Tokenizer(TokenizerContents(backend=backend, bos_id=0, add_bos=add_bos))
     plain = tokenizer.encode("Paris", add_special_tokens=False)
     assert plain[0] != 0
-    assert tokenizer.encode("Paris") == [0, *plain]
+    assert tokenizer.encode("Paris") == ([0, *plain] if add_bos or backend_adds else plain)
 
 
 def test_folder(tmp_path, byte_level_backend):

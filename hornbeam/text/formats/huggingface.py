@@ -43,6 +43,8 @@ def read_folder(folder: Path) -> TokenizerContents:
         special_tokens=special_tokens,
         bos_id=bos_id,
         eos_ids=_generation_eos_ids(folder) | ({eos_id} if eos_id is not None else set()),
+        # Some models state BOS here and leave it out of tokenizer.json. Otherwise tokenizer.json decides, as it does
+        # in transformers.
         add_bos=config.get("add_bos_token") is True,
         chat_template=_chat_template(folder, config),
     )
