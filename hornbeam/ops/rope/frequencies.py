@@ -1,22 +1,11 @@
-"""The angles of rotary embeddings: inverse frequencies, their scalings for long contexts, and the table per position."""
+"""The angles of rotary embeddings: inverse frequencies, scaled for long contexts, and the table per position."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """How a model stretches its trained context, as its configuration names it."""
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0  # llama3 only, like the two below
-    high_freq_factor: float = 4.0
-    original_context_len: int = 8192
+from hornbeam.ops.rope.scaling import RopeScaling
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:

@@ -26,7 +26,7 @@ class Sample(Protocol):
     def sample(self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         """[R] int64 ids from logits [R, V] (any float dtype; -inf excludes a token).
 
-        temperatures: [R] float32, 0 for argmax without noise (the lowest id wins a tie); seeds and positions: [R] int64.
+        temperatures: [R] float32, 0 for argmax without noise (the lowest id wins a tie); seeds, positions: [R] int64.
         """
 
 

@@ -1,0 +1,49 @@
+"""The device tensors behind page numbers. Knows nothing of requests: who owns a page is `cache.pages`' business."""
+
+import torch
+from torch import Tensor
+
+from hornbeam.core.cache_spec import CacheSpec
+from hornbeam.core.errors import ConfigError
+
+
+class CachePool:
+    """For each cache group, pages 0 .. num_pages - 1 in every layer; page 0 takes the writes of padding rows."""
+
+    def __init__(
+        self, specs: tuple[CacheSpec, ...], num_pages: tuple[int, ...], page_size: int, device: torch.device
+    ) -> None:
+        self._layers: dict[int, tuple[int, tuple[Tensor, ...]]] = {}
+        for group, (spec, count) in enumerate(zip(specs, num_pages, strict=True)):
+            dtype = getattr(torch, spec.dtype)
+            for layer in spec.layers:
+                # Zeros, because kernels may multiply rows that nobody wrote by a weight of 0, and 0 * nan is nan.
+                pages = tuple(
+                    torch.zeros((count, page_size, *shape), dtype=dtype, device=device) for shape in spec.row_shapes
+                )
+                self._layers[layer] = (group, pages)
+
+    def layer(self, layer: int) -> tuple[int, tuple[Tensor, ...]]:
+        """The cache group of a layer, and one tensor [P, S, *row_shape] per row shape."""
+        return self._layers[layer]
+
+
+def page_bytes(specs: tuple[CacheSpec, ...], page_size: int) -> int:
+    """Bytes of one page in all layers of all groups."""
+    return sum(spec.bytes_per_token(getattr(torch, spec.dtype).itemsize) * page_size for spec in specs)
+
+
+def pages_that_fit(budget: int, specs: tuple[CacheSpec, ...], page_size: int, context_len: int) -> int:
+    """How many pages fit in `budget` bytes, the padding page included.
+
+    Raises:
+        ConfigError: not even one request of a single page fits; the message has the numbers.
+    """
+    size = page_bytes(specs, page_size)
+    count = budget // size
+    if count < 2:
+        raise ConfigError(
+            f"{budget / 2**20:.0f} MiB are left for the key-value cache, and one page of {page_size} tokens takes "
+            f"{size / 2**20:.2f} MiB: raise --mem-fraction-static, or set --max-total-tokens"
+        )
+    return count

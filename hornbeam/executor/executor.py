@@ -1,0 +1,100 @@
+"""Runs steps: a StepPlan becomes device work, and later a StepResult.
+
+Knows the model, the device and the cache tensors; knows nothing of requests, queues or text. Work is only enqueued
+here; nothing waits for the device. Two steps may be under way, so whatever planning writes on the host exists twice
+and alternates: a lane each.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hornbeam.cache.pool import CachePool
+from hornbeam.core.plan import Chunk, StepPlan, StepResult
+from hornbeam.executor.graphs import DecodeGraphs
+from hornbeam.executor.runner import NUM_LANES, Runner
+from hornbeam.executor.state import Batch, SlotState
+from hornbeam.platforms.contract import Pending, Platform
+from hornbeam.sampling.sampler import Sampler, read_logprobs
+
+
+class Executor:
+    """Owns the device state of slots; borrows the model and the cache through `runner`."""
+
+    def __init__(self, *, runner: Runner, platform: Platform, state: SlotState, sampler: Sampler) -> None:
+        self._runner = runner
+        self._platform = platform
+        self._state = state
+        self._sampler = sampler
+        self._graphs: DecodeGraphs | None = None
+
+    def launch(self, plan: StepPlan) -> Pending[StepResult]:
+        """Start a step. Steps run in the order of their launch; what goes wrong is raised by the result."""
+        return self._platform.submit(lambda: self._step(plan))
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Run a prompt of `num_tokens`, then a decode step, on the padding slot: kernels get compiled, memory taken."""
+        slot = self._state.num_slots
+        prompt = Chunk(slot=slot, start=0, token_ids=(0,) * num_tokens, samples=True)
+        self.launch(StepPlan(step_id=0, chunks=(prompt,))).result()
+        self.launch(StepPlan(step_id=1, decode=(slot,), decode_lens=(1,))).result()
+
+    def use_pool(self, pool: CachePool, graph_batch_sizes: tuple[int, ...]) -> None:
+        """Read and write the tensors of `pool` from now on, with decode steps of the given sizes captured as graphs."""
+        self._graphs = None
+        self._runner.use_pool(pool)
+        if graph_batch_sizes:
+            self._graphs = self._platform.submit(lambda: self._capture(graph_batch_sizes)).result()
+
+    @torch.inference_mode()
+    def _capture(self, batch_sizes: tuple[int, ...]) -> Callable[[], DecodeGraphs]:
+        graphs = DecodeGraphs(self._runner, self._platform, self._state, batch_sizes)
+        return lambda: graphs
+
+    @torch.inference_mode()
+    def _step(self, plan: StepPlan) -> Callable[[], StepResult]:
+        _refuse_unsupported(plan)
+        lane = plan.step_id % NUM_LANES
+        graphs = self._graphs if self._graphs is not None and self._graphs.cover(plan) else None
+        num_rows = graphs.padded(len(plan.decode)) if graphs else len(plan.decode)
+        batch = self._state.apply(plan, num_rows, lambda host: self._platform.upload(host, lane))
+        decode_lens = self._state.lens[batch.decode_slots] + 1
+        logits = graphs.replay(lane, plan, batch) if graphs else self._runner.run(lane, plan, batch)
+        self._state.advance(
+            torch.cat((batch.decode_slots, batch.chunk_slots)), torch.cat((decode_lens, batch.chunk_ends))
+        )
+        if not plan.num_samples:
+            return lambda: StepResult(step_id=plan.step_id, token_ids=())
+        return self._sample(plan, batch, logits, decode_lens)
+
+    def _sample(self, plan: StepPlan, batch: Batch, logits: Tensor, decode_lens: Tensor) -> Callable[[], StepResult]:
+        """Choose ids, remember them on the device, and start their way to the host."""
+        slots = torch.cat((batch.decode_slots, batch.sample_slots))
+        positions = torch.cat((decode_lens, batch.sample_positions))
+        host_slots = plan.decode + tuple(chunk.slot for chunk in plan.chunks if chunk.samples)
+        sampled = self._sampler.sample(logits, slots, positions, host_slots, plan.top_logprobs)
+        self._state.last_ids[slots] = sampled.ids
+        on_host = sampled.download()
+
+        def finish() -> StepResult:
+            ids = on_host.ids.tolist()[: plan.num_samples]
+            logprobs = read_logprobs(on_host, plan.num_samples)
+            return StepResult(step_id=plan.step_id, token_ids=tuple((i,) for i in ids), logprobs=logprobs)
+
+        return finish
+
+
+def _refuse_unsupported(plan: StepPlan) -> None:
+    """Fields of a plan that have their place but no implementation yet must not be ignored."""
+    unsupported = {
+        "page_moves": plan.page_moves,
+        "drafts": plan.drafts,
+        "collect": plan.collect,
+        "idle": plan.idle,
+        "padded_tokens": plan.padded_tokens,
+        "adapter_slot": any(start.adapter_slot for start in plan.starts),
+        "embed_spans": any(chunk.embed_spans for chunk in plan.chunks),
+    }
+    if names := [name for name, value in unsupported.items() if value]:
+        raise NotImplementedError(f"step {plan.step_id} asks for what no executor does yet: {', '.join(names)}")

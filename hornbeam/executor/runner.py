@@ -1,0 +1,92 @@
+"""The forward pass of a step, launched layer by layer: plans attention, lays out the rows, calls the model."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hornbeam.cache.pool import CachePool
+from hornbeam.core.plan import StepPlan
+from hornbeam.executor.state import Batch, SlotState
+from hornbeam.layers.forward import Forward, GroupForward, LayerCache
+from hornbeam.ops.attention.contract import Attend, Attention, Rows
+
+NUM_LANES = 2
+
+
+class Model(Protocol):
+    """What a family's `build` returns, as far as steps are concerned."""
+
+    def __call__(self, ids: Tensor, positions: Tensor, fwd: Forward) -> Tensor:
+        """Ids and positions [T] int64 -> hidden rows [T, H]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, H] -> [R, V]."""
+
+
+class Runner:
+    """`attention[lane][group]`: the attention of each cache group, once per lane."""
+
+    def __init__(
+        self, model: Model, num_layers: int, state: SlotState, attention: Sequence[Sequence[Attention]]
+    ) -> None:
+        self.model = model
+        self._num_layers = num_layers
+        self._state = state
+        self._attention = attention
+        self._caches: tuple[LayerCache, ...] = ()
+
+    def use_pool(self, pool: CachePool) -> None:
+        """Read and write the tensors of `pool` from now on."""
+        layers = (pool.layer(layer) for layer in range(self._num_layers))
+        self._caches = tuple(LayerCache(group=group, k=k, v=v) for group, (k, v) in layers)
+
+    def run(self, lane: int, plan: StepPlan, batch: Batch) -> Tensor:
+        """Logits [R, V] of the rows that sample: the decode rows, then the last rows of chunks."""
+        num_decode = len(batch.decode_slots)
+        slots = torch.cat((batch.decode_slots, batch.chunk_token_slots))
+        decode_positions = self._state.lens[batch.decode_slots]
+        positions = torch.cat((decode_positions, batch.chunk_positions))
+        ids = torch.cat((self._state.last_ids[batch.decode_slots], batch.chunk_ids))
+        groups = []
+        for group in range(len(self._state.page_tables)):
+            decode = prefill = None
+            if plan.decode:
+                lens = (decode_positions + 1).int()
+                decode = self.plan_decode(lane, group, batch.decode_slots, lens, plan.decode_lens, captured=False)
+            if plan.chunks:
+                prefill = self._plan_prefill(lane, group, plan, batch)
+            rows = self._state.cache_rows(group, slots, positions)
+            groups.append(GroupForward(rows=rows, decode=decode, prefill=prefill))
+        hidden = self.model(ids, positions, self.forward(num_decode, groups))
+        return self.model.logits(torch.cat((hidden[:num_decode], hidden[batch.sample_rows])))
+
+    def forward(self, num_decode: int, groups: Sequence[GroupForward]) -> Forward:
+        """What the layers get to see."""
+        return Forward(num_decode=num_decode, caches=self._caches, groups=tuple(groups))
+
+    def plan_decode(
+        self, lane: int, group: int, slots: Tensor, lens: Tensor, len_bounds: Sequence[int], *, captured: bool
+    ) -> Attend:
+        """Attention of rows with one query each; rows beyond `len_bounds` are padding, of length 1."""
+        padding = len(slots) - len(len_bounds)
+        rows = Rows(
+            page_tables=self._state.page_tables[group],
+            slots=slots,
+            lens=lens,
+            len_bounds=(*len_bounds, *(1,) * padding),
+            query_lens=(1,) * len(slots),
+            captured=captured,
+        )
+        return self._attention[lane][group].plan_decode(rows)
+
+    def _plan_prefill(self, lane: int, group: int, plan: StepPlan, batch: Batch) -> Attend:
+        rows = Rows(
+            page_tables=self._state.page_tables[group],
+            slots=batch.chunk_slots,
+            lens=batch.chunk_ends.int(),
+            len_bounds=[chunk.start + len(chunk.token_ids) for chunk in plan.chunks],
+            query_lens=[len(chunk.token_ids) for chunk in plan.chunks],
+        )
+        return self._attention[lane][group].plan_prefill(rows)

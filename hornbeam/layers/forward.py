@@ -1,0 +1,37 @@
+"""What a step brings to the layers besides its ids: `model.forward(ids, positions, fwd)`."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hornbeam.ops.attention.contract import Attend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCache:
+    """The pages of one layer: k and v [P, S, Hk, D], and the cache group whose page numbers they follow."""
+
+    group: int
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupForward:
+    """One cache group's part of a step."""
+
+    rows: Tensor  # [T] int64: page * S + offset where each token's keys and values go
+    decode: Attend | None  # for the first num_decode tokens
+    prefill: Attend | None  # for the rest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """One step, T tokens: decode tokens first, then the chunks. Borrowed for the step, never kept."""
+
+    num_decode: int
+    caches: tuple[LayerCache, ...]  # by layer
+    groups: tuple[GroupForward, ...]  # by cache group
+    input_embeds: Tensor | None = None  # [T, H]: taken instead of looking the ids up
+    adapters: Tensor | None = None  # [T] adapter slot of each token; None: no adapter in this step
+    collect_layers: tuple[int, ...] = ()  # layers whose hidden rows are wanted
