@@ -1,0 +1,124 @@
+"""Fills a built model's parameters, in place: from a checkpoint by declared names, or with random numbers.
+
+Knows neither file formats nor families: a checkpoint streams tensors, and a family's weight map says where each goes.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from hornbeam.core.errors import ConfigError
+from hornbeam.core.family import Placement
+from hornbeam.layers.linear import Linear
+from hornbeam.layers.norm import RMSNorm
+from hornbeam.weights.checkpoint import Checkpoint
+
+_DUMMY_DEVIATION = 0.02
+_PROGRESS_DELAY = 1.0  # seconds of loading before a bar is worth drawing
+_DERIVED_SUFFIX = ".rotary_emb.inv_freq"  # follows from the config; old checkpoints store it
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, checkpoint: Checkpoint, weight_map: Mapping[str, Placement]) -> None:
+    """Copy each tensor of `checkpoint` to its place in `model`, converted to the parameter's dtype and device.
+
+    One tensor at a time is in memory besides the model; progress is drawn on a terminal if it takes long.
+
+    Raises:
+        ConfigError: the checkpoint's names and shapes are not exactly those that the map and the model ask for, or a
+            tensor cannot be read. Names and shapes are checked before anything is copied.
+    """
+    targets = {name: _target(model, placement) for name, placement in weight_map.items()}
+    _check_coverage(model, weight_map)
+    _check_shapes(checkpoint, targets)
+    total = sum(target.nbytes for target in targets.values())
+    with tqdm(
+        total=total, desc="Loading weights", unit="B", unit_scale=True, delay=_PROGRESS_DELAY, disable=None
+    ) as progress:
+        for name, tensor in checkpoint.source.read(targets):
+            placement = weight_map[name]
+            if placement.transform == "unpermute_heads":
+                tensor = unpermute_heads(tensor, placement.heads)
+            targets[name].copy_(tensor)
+            progress.update(targets[name].nbytes)
+
+
+@torch.no_grad()
+def draw_dummy(model: nn.Module, seed: int) -> None:
+    """Fill `model` with numbers that make routing and arithmetic look real: normal(0, 0.02), norms 1, biases 0.
+
+    A parameter's numbers depend on `seed`, its name, its shape and its kind of device, not on other parameters.
+    """
+    for name, parameter in model.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        if isinstance(model.get_submodule(owner), RMSNorm):
+            parameter.fill_(1)
+        elif kind == "bias":
+            parameter.zero_()
+        else:
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7]))
+            parameter.normal_(0, _DUMMY_DEVIATION, generator=generator)
+
+
+def unpermute_heads(tensor: Tensor, num_heads: int) -> Tensor:
+    """Undo GGUF's row order of query and key projections.
+
+    There, rows i and i + D/2 of each head of D rows stand side by side, because its rotation pairs neighbours.
+    tensor: [num_heads * D, ...]; returns the same shape with the pairs D/2 apart again.
+    """
+    heads = tensor.view(num_heads, -1, 2, *tensor.shape[1:])
+    return heads.transpose(1, 2).reshape(tensor.shape)
+
+
+def _target(model: nn.Module, placement: Placement) -> Tensor:
+    """The parameter, or the rows of it, that `placement` means: a view to write through."""
+    parameter = model.get_parameter(placement.parameter).detach()
+    owner = model.get_submodule(placement.parameter.rpartition(".")[0])
+    return parameter.split_with_sizes(owner.parts)[placement.part] if isinstance(owner, Linear) else parameter
+
+
+def _check_coverage(model: nn.Module, weight_map: Mapping[str, Placement]) -> None:
+    """A family's map must fill every part of every parameter of its own model, or memory stays uninitialised."""
+    expected: set[tuple[str, int]] = set()
+    for name, _ in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        expected |= {(name, part) for part in range(len(owner.parts) if isinstance(owner, Linear) else 1)}
+    filled = {(placement.parameter, placement.part) for placement in weight_map.values()}
+    assert filled == expected, f"weight map and model disagree on {sorted(filled ^ expected)}"
+
+
+def _check_shapes(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
+    shapes = checkpoint.source.shapes()
+    problems = [
+        *_listing("missing", sorted(targets.keys() - shapes.keys())),
+        *_listing("not known to the model", sorted(n for n in shapes.keys() - targets.keys() if not _idle(n, shapes))),
+        *_listing(
+            "of the wrong shape",
+            [
+                f"{name} {list(shapes[name])}, expected {list(target.shape)}"
+                for name, target in targets.items()
+                if name in shapes and shapes[name] != target.shape
+            ],
+        ),
+    ]
+    if problems:
+        raise ConfigError(
+            f"the weights in {checkpoint.path} do not fit its config:\n"
+            + "\n".join(problems)
+            + "\nCheck that config and weights belong together and that the download is complete."
+        )
+
+
+def _listing(what: str, names: Iterable[str]) -> list[str]:
+    lines = [f"  {name}" for name in names]
+    return [f"{len(lines)} tensors {what}:", *lines] if lines else []
+
+
+def _idle(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a tensor that the map lacks may be left unread: derived numbers, the copy that a tied head is."""
+    return name.endswith(_DERIVED_SUFFIX) or (name == _HEAD and shapes[name] == shapes.get(_EMBEDDING))
