@@ -1,0 +1,440 @@
+"""Who runs when: requests and results in, step plans and outputs out. First come, first served.
+
+Steps overlap: `plan` may be called again before the results of earlier plans were applied. Planning therefore
+works with upper bounds (`kv_len`), which it never lets pass the ends that are known in advance; a stop is found when
+a result is applied, and what later steps in flight yield for that request is dropped. Memory of a request that ended
+or was retracted comes back when the last step that contains it has been applied.
+
+Knows no text, no tensors and no model: token ids, page numbers, budgets.
+"""
+
+import random
+from collections import deque
+from dataclasses import dataclass
+
+from hornbeam.config.components import CacheOptions, SchedulerOptions
+from hornbeam.core.cache_spec import CacheSpec
+from hornbeam.core.errors import BadRequest, Overloaded
+from hornbeam.core.plan import Chunk, PageGrant, SlotStart, StepPlan, StepResult
+from hornbeam.core.request import Finish, Request, RequestOutput, Status
+from hornbeam.scheduler.memory import Memory
+from hornbeam.scheduler.state import RequestState, Step
+
+# Kept free per running request at admission, for what it will generate; in all at most this part of the pool.
+RESERVE_TOKENS = 64
+RESERVE_PART = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerStats:
+    """Numbers for logs and metrics. The totals count since the start, prompts when their request ends."""
+
+    num_running: int
+    num_waiting: int
+    num_used_tokens: int  # held by requests, in whole pages
+    num_cached_tokens: int  # kept for reuse only
+    max_total_tokens: int
+    total_prompt_tokens: int
+    total_cached_tokens: int  # of the prompt tokens
+    total_generated_tokens: int
+    total_retractions: int
+
+
+class Scheduler:
+    """Owner of the truth about every request.
+
+    Args:
+        options: limits and policy.
+        cache: page size, and whether prefixes are reused.
+        specs: the cache groups; only kind "full" so far.
+        num_pages: per group, the padding page 0 included.
+        context_len: prompt and generated tokens of one request, at most.
+        eos_ids: ids that end a request unless it ignores them.
+        vocab_size: prompt ids are below it.
+
+    Raises:
+        ConfigError: a cache kind that is not implemented, or a pool without pages.
+    """
+
+    def __init__(
+        self,
+        options: SchedulerOptions,
+        cache: CacheOptions,
+        *,
+        specs: tuple[CacheSpec, ...],
+        num_pages: tuple[int, ...],
+        context_len: int,
+        eos_ids: frozenset[int],
+        vocab_size: int,
+    ) -> None:
+        self._options = options
+        self._memory = Memory(specs, num_pages, cache.page_size, options.max_running_requests, cache.radix)
+        # A chunk that is not the last ends at a unit's border, so a step must have room for one unit.
+        self._chunk_budget = max(options.chunked_prefill_size, self._memory.unit)
+        self._context_len = context_len
+        self._eos_ids = eos_ids
+        self._vocab_size = vocab_size
+        self._random = random.Random(options.seed)
+        self._states: dict[str, RequestState] = {}  # all that have not finished
+        self._queue: deque[RequestState] = deque()  # waiting, by arrival
+        # Running requests are in exactly one of these three ordered sets, each ordered by arrival.
+        self._prefilling: dict[RequestState, None] = {}
+        self._decoding: dict[RequestState, None] = {}
+        self._ending: dict[RequestState, None] = {}  # their last step is planned
+        self._leaving: dict[RequestState, None] = {}  # finished or retracted; a step in flight contains them
+        self._in_flight: deque[Step] = deque()
+        self._num_planned = 0  # steps, and so the next step's id
+        self._applied = -1  # the last applied step's id
+        self._news: dict[RequestState, None] = {}
+        self._num_submitted = 0
+        self._total_prompt = self._total_cached = self._total_generated = self._total_retractions = 0
+
+    # What is going on.
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot and have not finished."""
+        return len(self._prefilling) + len(self._decoding) + len(self._ending)
+
+    @property
+    def num_waiting(self) -> int:
+        """Queued requests, retracted ones included."""
+        return len(self._queue)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Planned steps whose results have not been applied."""
+        return len(self._in_flight)
+
+    @property
+    def has_work(self) -> bool:
+        """Some request has not finished, or some result is still to come."""
+        return bool(self._states or self._in_flight)
+
+    def stats(self) -> SchedulerStats:
+        """A snapshot."""
+        memory = self._memory
+        return SchedulerStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_used_tokens=memory.max_total_tokens - memory.num_available_tokens,
+            num_cached_tokens=memory.num_cached_tokens,
+            max_total_tokens=memory.max_total_tokens,
+            total_prompt_tokens=self._total_prompt,
+            total_cached_tokens=self._total_cached,
+            total_generated_tokens=self._total_generated,
+            total_retractions=self._total_retractions,
+        )
+
+    def check(self) -> None:
+        """Verify that every page, slot and lock is held by someone who runs. Raises AssertionError with details."""
+        holders = [*self._prefilling, *self._decoding, *self._ending, *self._leaving]
+        assert self.has_work or not holders, f"idle, but {len(holders)} requests hold memory"
+        self._memory.check(holders)
+
+    # Commands.
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            BadRequest: it can never be served; the message has the numbers.
+            Overloaded: the queue is full.
+        """
+        num_prompt, sampling = len(request.prompt_ids), request.sampling
+        self._refuse_bad(request)
+        limit = self._options.max_queued_requests
+        if limit is not None and len(self._queue) >= limit:
+            raise Overloaded(f"the request queue is full: {limit} requests are waiting (--max-queued-requests)")
+        room = self._context_len - num_prompt
+        max_new_tokens = room if sampling.max_new_tokens is None else min(sampling.max_new_tokens, room)
+        eos_ids = frozenset() if sampling.ignore_eos else self._eos_ids
+        state = RequestState(
+            request=request,
+            seed=self._random.getrandbits(63) if sampling.seed is None else sampling.seed,
+            arrival=self._num_submitted,
+            max_tokens=num_prompt + max_new_tokens,
+            stop_ids=eos_ids.union(sampling.stop_token_ids) if sampling.stop_token_ids else eos_ids,
+        )
+        self._num_submitted += 1
+        self._states[request.rid] = state
+        self._queue.append(state)
+
+    def abort(self, rid: str, *, keep_tokens: int | None = None, message: str = "Aborted") -> None:
+        """End a request wherever it stands; an unknown `rid` (it may have just finished) is ignored.
+
+        Args:
+            rid: the exact id.
+            keep_tokens: the text session found a stop string and has finished the request by itself, with this
+                many generated tokens: the truth is cut there, and no output follows.
+            message: told to the client.
+        """
+        state = self._states.get(rid)
+        if state is None:
+            return
+        if keep_tokens is not None:
+            del state.tokens[state.num_prompt + keep_tokens :]
+        self._finish(state, Finish(type="abort", message=message))
+        if keep_tokens is not None:
+            del self._news[state]
+
+    def abort_all(self) -> None:
+        """Abort every request."""
+        for rid in list(self._states):
+            self.abort(rid)
+
+    def flush(self) -> bool:
+        """Drop the prefix cache. False (and nothing is done) while any request runs or waits."""
+        if self.has_work:
+            return False
+        self._memory.flush()
+        return True
+
+    def drain(self) -> list[RequestOutput]:
+        """The news since the last call, one output per request that has any."""
+        outputs = [state.output() for state in self._news]
+        self._news.clear()
+        return outputs
+
+    # Planning.
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None if nothing can run before a result is applied or a request submitted."""
+        while True:
+            step = Step(step_id=self._num_planned)
+            self._plan_decode(step)
+            if not step.starved:
+                self._plan_chunks(step)
+            if step.starved or (step.empty and not self._in_flight):
+                relieved = self._relieve()
+                if step.empty and relieved:
+                    continue
+            break
+        if step.empty:
+            assert self._in_flight or not self._states, "requests are left, and none of them can ever run"
+            return None
+        self._num_planned += 1
+        self._in_flight.append(step)
+        return StepPlan(
+            step_id=step.step_id,
+            starts=tuple(step.starts),
+            grants=tuple(step.grants),
+            decode=tuple(step.decode),
+            decode_lens=tuple(step.decode_lens),
+            chunks=tuple(step.chunks),
+            top_logprobs=max((state.num_top for state in step.rows), default=-1),
+        )
+
+    def _plan_decode(self, step: Step) -> None:
+        """One token for every request whose prompt is done; one that finds no page waits."""
+        step_id, rows, slots, lens = step.step_id, step.rows, step.decode, step.decode_lens
+        ended: list[RequestState] = []
+        for state in self._decoding:
+            kv_len = state.kv_len + 1
+            if kv_len > state.capacity:
+                if not self._memory.grow(state, kv_len):
+                    step.starved = True
+                    continue
+                self._grant(state, step)
+            state.kv_len = kv_len
+            state.last_step = step_id
+            rows.append(state)
+            slots.append(state.slot)
+            lens.append(kv_len)
+            if kv_len == state.last_kv_len:
+                ended.append(state)
+        for state in ended:
+            del self._decoding[state]
+            self._ending[state] = None
+
+    def _plan_chunks(self, step: Step) -> None:
+        """Stretches of prompts, up to the budget: begun prompts first, then the queue's head as long as it fits."""
+        budget = self._chunk_budget
+        for state in list(self._prefilling):
+            num_tokens = self._plan_chunk(state, budget, step)
+            if num_tokens == 0:
+                return
+            budget -= num_tokens
+        while budget > 0 and self._queue and self._memory.num_free_slots:
+            state = self._queue[0]
+            num_tokens = 0 if state in self._leaving else self._admit(state, budget, step)
+            if num_tokens == 0:
+                return
+            budget -= num_tokens
+
+    def _admit(self, state: RequestState, budget: int, step: Step) -> int:
+        """Start the queue's head, if there is room. Returns the tokens planned, 0 if it has to wait."""
+        state.prefill_end = len(state.tokens)
+        self._memory.attach(state)
+        num_cached = state.kv_len
+        num_tokens = self._plan_chunk(state, budget, step) if self._has_room(state) else 0
+        if num_tokens == 0:
+            self._memory.release(state)
+            return 0
+        self._queue.popleft()
+        state.status = Status.RUNNING
+        sampling, seed = state.request.sampling, state.seed
+        step.starts.append(SlotStart(slot=state.slot, num_cached=num_cached, sampling=sampling, seed=seed))
+        return num_tokens
+
+    def _has_room(self, state: RequestState) -> bool:
+        """The rule of admission: beside the prompts begun and this one, a reserve stays for what will be generated.
+
+        With nobody running it is met by definition, as a prompt that cannot fit alone was refused.
+        """
+        if self.num_running == 0:
+            return True
+        prompts = sum(other.prefill_end - other.kv_len for other in (*self._prefilling, state))
+        reserve = min(RESERVE_TOKENS * self.num_running, self._memory.max_total_tokens // RESERVE_PART)
+        return prompts + reserve <= self._memory.num_available_tokens
+
+    def _plan_chunk(self, state: RequestState, budget: int, step: Step) -> int:
+        """The next stretch of one prompt, at most `budget` tokens. Returns its length, 0 if it has to wait."""
+        self._memory.reuse(state)
+        start, end = state.kv_len, min(state.prefill_end, state.kv_len + budget)
+        if end < state.prefill_end:
+            end -= end % self._memory.unit
+        if end <= start or not self._memory.grow(state, end):
+            return 0
+        self._grant(state, step)
+        done = end == state.prefill_end
+        samples = done and end < state.max_tokens
+        token_ids = tuple(state.tokens[start:end])
+        step.chunks.append(Chunk(slot=state.slot, start=start, token_ids=token_ids, samples=samples))
+        (step.rows if samples else step.silent).append(state)
+        state.kv_len = end
+        state.last_step = step.step_id
+        node = self._memory.publish(state, step.step_id)
+        if node is not None:
+            step.published.append((state, node))
+        self._prefilling.pop(state, None)
+        phase = self._prefilling if not done else self._decoding if end < state.last_kv_len else self._ending
+        phase[state] = None
+        return end - start
+
+    def _grant(self, state: RequestState, step: Step) -> None:
+        first = state.num_granted
+        for group, page_ids in enumerate(state.pages):
+            new = tuple(page_ids[first:])
+            step.grants.append(PageGrant(slot=state.slot, group=group, first=first, page_ids=new))
+        state.num_granted = len(state.pages[0])
+
+    def _relieve(self) -> bool:
+        """Pages are short: retract the youngest request; one that runs alone fails. False if pages will come anyway."""
+        candidates = [*self._decoding, *self._prefilling]
+        if not candidates or self._leaving or self._ending:
+            return False
+        victim = max(candidates, key=lambda state: state.arrival)
+        if len(candidates) > 1:
+            self._retract(victim)
+            return True
+        if victim.last_step > self._applied:
+            return False  # what is in flight may end it
+        total = self._memory.max_total_tokens
+        message = (
+            f"the request needs keys and values of {victim.kv_len + 1} tokens, but the cache holds "
+            f"max_total_tokens={total}; raise --max-total-tokens or ask for fewer new tokens"
+        )
+        self._finish(victim, Finish(type="abort", message=message, status=500))
+        return True
+
+    def _retract(self, state: RequestState) -> None:
+        """Send a running request back to the queue's front; it will compute its tokens so far again."""
+        self._drop_phase(state)
+        state.status = Status.WAITING
+        state.num_retractions += 1
+        self._total_retractions += 1
+        self._queue.appendleft(state)
+        self._leave(state)
+
+    # Results.
+
+    def apply(self, result: StepResult) -> None:
+        """Take the result of the oldest step in flight. Linear in its rows."""
+        step = self._in_flight.popleft()
+        assert result.step_id == step.step_id, f"result of step {result.step_id}, expected {step.step_id}"
+        self._applied = step.step_id
+        if result.error is not None:
+            self._fail(step, result.error)
+        else:
+            self._accept(step, result)
+        for state in [state for state in self._leaving if state.last_step <= self._applied]:
+            del self._leaving[state]
+            self._memory.release(state)
+
+    def _accept(self, step: Step, result: StepResult) -> None:
+        logprobs = result.logprobs or ((),) * len(step.rows)
+        for state, token_ids, entries in zip(step.rows, result.token_ids, logprobs, strict=True):
+            if state.status is Status.FINISHED:
+                continue  # found out late: another step was already on its way
+            self._total_generated += len(token_ids)
+            self._news[state] = None
+            finish = state.accept(token_ids, entries)
+            if finish is not None:
+                self._finish(state, finish)
+        for state in step.silent:
+            if state.last_step == step.step_id and state in self._ending:
+                self._finish(state, Finish(type="length", length=0))
+
+    def _fail(self, step: Step, error: str) -> None:
+        """Nothing that `step` wrote is valid: end its requests, and those that reuse what it wrote."""
+        broken = dict.fromkeys((*step.rows, *step.silent))
+        for other in (step, *self._in_flight):
+            for state, node in other.published:
+                if state in broken:
+                    self._memory.revoke(node)
+        for state in (*self._prefilling, *self._decoding, *self._ending, *self._leaving):
+            if state.node is not None and state.node.revoked:
+                broken[state] = None
+        for state in broken:
+            state.kv_len = 0  # nothing of it goes into the tree
+            if state.status is not Status.FINISHED:
+                self._finish(state, Finish(type="abort", message=f"the step failed: {error}", status=500))
+
+    def _finish(self, state: RequestState, finish: Finish) -> None:
+        if state.status is Status.WAITING:
+            self._queue.remove(state)
+        else:
+            self._drop_phase(state)
+        self._total_prompt += state.num_prompt
+        self._total_cached += state.num_cached
+        state.status = Status.FINISHED
+        state.finish = finish
+        del self._states[state.request.rid]
+        self._news[state] = None
+        self._leave(state)
+
+    def _drop_phase(self, state: RequestState) -> None:
+        for phase in (self._decoding, self._prefilling, self._ending):
+            phase.pop(state, None)
+
+    def _leave(self, state: RequestState) -> None:
+        """Give its memory back, now or when the last step that contains it has been applied."""
+        if state.last_step > self._applied:
+            self._leaving[state] = None
+        elif state.node is not None and state not in self._leaving:
+            self._memory.release(state)
+
+    def _refuse_bad(self, request: Request) -> None:
+        ids, num_prompt = request.prompt_ids, len(request.prompt_ids)
+        if request.rid in self._states:
+            raise BadRequest(f"a request with id {request.rid!r} is in flight already; ids must be unique", "rid")
+        if request.adapter is not None:
+            raise BadRequest("adapters are not supported yet", "lora_path")
+        if not ids:
+            raise BadRequest("the prompt is empty", "input_ids")
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            raise BadRequest(f"prompt token ids must be at least 0 and below {self._vocab_size}", "input_ids")
+        room_needed = 0 if request.sampling.max_new_tokens == 0 else 1
+        if num_prompt + room_needed > self._context_len:
+            raise BadRequest(
+                f"the prompt has {num_prompt} tokens; with the context length of {self._context_len} at most "
+                f"{self._context_len - room_needed} can be served",
+                "input_ids",
+            )
+        if num_prompt > self._memory.max_total_tokens:
+            raise BadRequest(
+                f"the prompt has {num_prompt} tokens, but the cache holds "
+                f"max_total_tokens={self._memory.max_total_tokens}",
+                "input_ids",
+            )

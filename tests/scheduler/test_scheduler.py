@@ -1,0 +1,569 @@
+"""The scheduler against a pretended device that checks every key-value row that a step reads."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from hornbeam.config.components import CacheOptions, SchedulerOptions
+from hornbeam.core.cache_spec import CacheSpec
+from hornbeam.core.errors import BadRequest, ConfigError, Overloaded
+from hornbeam.core.plan import StepPlan, StepResult
+from hornbeam.core.request import Finish, Request, RequestOutput, SamplingParams, TokenLogprobs
+from hornbeam.scheduler.scheduler import Scheduler
+
+pytestmark = pytest.mark.pure
+
+VOCAB, EOS = 40, 0
+SPEC = CacheSpec(kind="full", layers=(0,), row_shapes=((1, 4), (1, 4)), dtype="float32")
+
+
+def row_of(previous: int, token: int) -> int:
+    """What a row holds: it depends on its token and on the whole history before it."""
+    return hash((previous, token))
+
+
+def next_token(row: int, seed: int) -> int:
+    return hash((row, seed, 1)) % VOCAB
+
+
+def reference(request: Request, context_len: int = 1000) -> tuple[tuple[int, ...], str]:
+    """What a request yields if nothing else runs."""
+    row, generated, sampling = 0, [], request.sampling
+    for token in request.prompt_ids:
+        row = row_of(row, token)
+    room = context_len - len(request.prompt_ids)
+    limit = room if sampling.max_new_tokens is None else min(sampling.max_new_tokens, room)
+    while len(generated) < limit:
+        generated.append(next_token(row, sampling.seed))
+        row = row_of(row, generated[-1])
+        if generated[-1] in sampling.stop_token_ids or (generated[-1] == EOS and not sampling.ignore_eos):
+            return tuple(generated), "stop"
+    return tuple(generated), "length"
+
+
+@dataclass
+class FakeDevice:
+    """Runs plans in order on rows in memory. A failing step leaves garbage behind."""
+
+    page_size: int
+    num_groups: int
+    rows: dict = field(default_factory=dict)  # (group, page, offset) -> row
+    tables: dict = field(default_factory=dict)  # slot -> per group {entry: page}
+    lens: dict = field(default_factory=dict)
+    last: dict = field(default_factory=dict)
+    seeds: dict = field(default_factory=dict)
+    writers: dict = field(default_factory=dict)  # step in flight -> {(group, page): slot}
+
+    def address(self, slot: int, group: int, position: int) -> tuple[int, int, int]:
+        return group, self.tables[slot][group][position // self.page_size], position % self.page_size
+
+    def write(self, plan: StepPlan, slot: int, position: int, token: int, garbage: bool) -> None:
+        for group in range(self.num_groups):
+            previous = self.rows[self.address(slot, group, position - 1)] if position else 0
+            address = self.address(slot, group, position)
+            for pages in self.writers.values():
+                assert pages.setdefault(address[:2], slot) == slot, "a page changed hands while a step may write it"
+            self.rows[address] = -1 if garbage else row_of(previous, token)
+
+    def sample(self, slot: int) -> int:
+        last = {self.rows[self.address(slot, group, self.lens[slot] - 1)] for group in range(self.num_groups)}
+        assert len(last) == 1, "groups differ"
+        self.last[slot] = next_token(last.pop(), self.seeds[slot])
+        return self.last[slot]
+
+    def run(self, plan: StepPlan, fail: bool = False) -> StepResult:
+        self.writers[plan.step_id] = {}
+        for start in plan.starts:
+            self.tables[start.slot] = [{} for _ in range(self.num_groups)]
+            self.lens[start.slot], self.seeds[start.slot] = start.num_cached, start.seed
+        for grant in plan.grants:
+            assert 0 not in grant.page_ids, "the padding page"
+            assert grant.page_ids
+            self.tables[grant.slot][grant.group].update(enumerate(grant.page_ids, grant.first))
+        assert len(plan.decode) == len(set(plan.decode))
+        for slot, length in zip(plan.decode, plan.decode_lens, strict=True):
+            assert length == self.lens[slot] + 1
+            self.write(plan, slot, self.lens[slot], self.last[slot], fail)
+            self.lens[slot] = length
+        for chunk in plan.chunks:
+            assert chunk.token_ids
+            assert chunk.start >= self.lens[chunk.slot]
+            for position, token in enumerate(chunk.token_ids, chunk.start):
+                self.write(plan, chunk.slot, position, token, fail)
+            self.lens[chunk.slot] = chunk.start + len(chunk.token_ids)
+        sampling = (*plan.decode, *(chunk.slot for chunk in plan.chunks if chunk.samples))
+        ids = tuple((self.sample(slot),) for slot in sampling)
+        assert len(ids) == plan.num_samples
+        if fail:
+            return StepResult(step_id=plan.step_id, token_ids=(), error="device lost")
+        logprobs: tuple = ()
+        if plan.top_logprobs >= 0:
+            entry = TokenLogprobs(chosen=-1.0, top=tuple((i, -1.0) for i in range(plan.top_logprobs)))
+            logprobs = ((entry,),) * len(ids)
+        return StepResult(step_id=plan.step_id, token_ids=ids, logprobs=logprobs)
+
+
+class Simulation:
+    """A scheduler, a device, and `depth` steps in flight at most before a result is applied."""
+
+    def __init__(
+        self,
+        *,
+        page_size: int = 4,
+        num_pages: int = 200,
+        chunk: int = 16,
+        slots: int = 8,
+        radix: bool = True,
+        depth: int = 2,
+        groups: int = 1,
+        granularity: int = 1,
+        context_len: int = 1000,
+        queue: int | None = None,
+    ) -> None:
+        spec = CacheSpec(kind="full", layers=(0,), row_shapes=((1, 4),), dtype="float32", reuse_granularity=granularity)
+        self.scheduler = Scheduler(
+            SchedulerOptions(max_running_requests=slots, max_queued_requests=queue, chunked_prefill_size=chunk, seed=1),
+            CacheOptions(page_size=page_size, max_total_tokens=None, memory_fraction=0.5, radix=radix),
+            specs=(spec,) * groups,
+            num_pages=tuple(num_pages + group for group in range(groups)),
+            context_len=context_len,
+            eos_ids=frozenset({EOS}),
+            vocab_size=VOCAB,
+        )
+        self.device = FakeDevice(page_size=page_size, num_groups=groups)
+        self.depth = depth
+        self.results: deque[StepResult] = deque()
+        self.plans: list[StepPlan] = []
+        self.tokens: dict[str, list[int]] = {}
+        self.ends: dict[str, RequestOutput] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
+
+    def submit(self, *requests: Request) -> None:
+        for request in requests:
+            self.scheduler.submit(request)
+
+    def launch(self, fail: bool = False) -> bool:
+        plan = self.scheduler.plan()
+        if plan is None:
+            return False
+        self.plans.append(plan)
+        self.results.append(self.device.run(plan, fail))
+        return True
+
+    def apply(self) -> None:
+        result = self.results.popleft()
+        self.scheduler.apply(result)
+        del self.device.writers[result.step_id]
+
+    def drain(self) -> None:
+        for output in self.scheduler.drain():
+            assert output.rid not in self.ends, "news after the end"
+            self.tokens.setdefault(output.rid, []).extend(output.token_ids)
+            self.logprobs.setdefault(output.rid, []).extend(output.logprobs)
+            assert len(self.tokens[output.rid]) == output.num_generated
+            if output.finish is not None:
+                self.ends[output.rid] = output
+
+    def step(self, fail: bool = False) -> bool:
+        """Launch a step if one can run; apply a result if the pipeline is full or nothing could be launched."""
+        launched = self.launch(fail)
+        if self.results and (not launched or len(self.results) >= self.depth):
+            self.apply()
+        self.drain()
+        return launched or bool(self.results)
+
+    def run(self) -> None:
+        for _ in range(100_000):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+            self.scheduler.check()
+        assert not self.scheduler.has_work
+        self.drain()
+        self.scheduler.check()
+        assert self.scheduler.flush()
+        self.scheduler.check()
+        stats = self.scheduler.stats()
+        assert stats.num_used_tokens == 0
+        assert stats.num_cached_tokens == 0
+
+
+def make(rid: str, prompt: tuple[int, ...], max_new_tokens: int | None = 20, **options: object) -> Request:
+    sampling = {"max_new_tokens": max_new_tokens, "seed": 7}
+    sampling |= {key: options.pop(key) for key in ("seed", "stop_token_ids", "ignore_eos") if key in options}
+    return Request(rid=rid, prompt_ids=prompt, sampling=SamplingParams(**sampling), **options)
+
+
+def tokens_of(seed: int, length: int) -> tuple[int, ...]:
+    return tuple(hash((seed, i, 2)) % (VOCAB - 1) + 1 for i in range(length))
+
+
+def workload() -> list[Request]:
+    """Different lengths, shared prefixes at odd borders, ends by length and by stop."""
+    base = tokens_of(0, 60)
+    requests = [make(f"base{i}", base[: 5 + 9 * i] + tokens_of(i, i), 3 + 5 * i, seed=i) for i in range(6)]
+    requests += [make(f"same{i}", base[:37], 25, seed=i, ignore_eos=True) for i in range(4)]
+    requests += [make(f"own{i}", tokens_of(100 + i, 1 + 7 * i), 12, seed=i, stop_token_ids=(3, 4)) for i in range(5)]
+    requests += [make("zero", base[:41], 0), make("one", base[:16], 1), make("other", base, 9, namespace="salt")]
+    return requests
+
+
+def check_outputs(simulation: Simulation, requests: list[Request]) -> None:
+    for request in requests:
+        expected, why = reference(request)
+        end = simulation.ends[request.rid]
+        assert end.finish is not None
+        assert (tuple(simulation.tokens[request.rid]), end.finish.type) == (expected, why), request.rid
+        if why == "length":
+            assert end.finish.length == len(expected)
+        else:
+            assert end.finish.matched == expected[-1]
+        assert end.num_prompt == len(request.prompt_ids)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("radix", [True, False])
+@pytest.mark.parametrize(("page_size", "chunk"), [(1, 1), (1, 512), (4, 3), (4, 16), (4, 50), (16, 16), (16, 7)])
+def test_same_tokens_however_it_is_scheduled(depth: int, radix: bool, page_size: int, chunk: int) -> None:
+    simulation = Simulation(depth=depth, radix=radix, page_size=page_size, chunk=chunk, num_pages=2000 // page_size)
+    requests = workload()
+    simulation.submit(*requests)
+    simulation.run()
+    check_outputs(simulation, requests)
+    assert all(sum(len(c.token_ids) for c in plan.chunks) <= max(chunk, page_size) for plan in simulation.plans)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("radix", [True, False])
+@pytest.mark.parametrize(("page_size", "num_pages"), [(1, 75), (4, 20), (16, 6)])
+def test_same_tokens_after_retraction(depth: int, radix: bool, page_size: int, num_pages: int) -> None:
+    simulation = Simulation(depth=depth, radix=radix, page_size=page_size, num_pages=num_pages, chunk=32)
+    requests = workload()
+    simulation.submit(*requests)
+    simulation.run()
+    check_outputs(simulation, requests)
+    if page_size < 16:
+        assert simulation.scheduler.stats().total_retractions > 0
+        assert any(end.num_retractions for end in simulation.ends.values())
+
+
+@pytest.mark.parametrize("num_pages", [30, 200])
+def test_several_groups_and_a_coarse_granularity(num_pages: int) -> None:
+    simulation = Simulation(groups=3, granularity=6, num_pages=num_pages, chunk=13)
+    requests = workload()
+    simulation.submit(*requests)
+    simulation.run()
+    check_outputs(simulation, requests)
+    starts = [start.num_cached for plan in simulation.plans for start in plan.starts]
+    assert all(cached % 12 == 0 for cached in starts)
+    assert any(starts)
+
+
+def test_queued_requests_share_a_prefix_that_nobody_has_computed_yet() -> None:
+    simulation = Simulation(chunk=512)
+    prompt = tokens_of(1, 50)
+    simulation.submit(*(make(f"r{i}", prompt, 4, seed=i) for i in range(4)))
+    simulation.run()
+    assert [len(chunk.token_ids) for chunk in simulation.plans[0].chunks] == [50, 2, 2, 2]
+    assert [simulation.ends[f"r{i}"].num_cached for i in range(4)] == [0, 48, 48, 48]
+
+
+def test_a_prompt_jumps_over_what_another_request_computes_meanwhile() -> None:
+    simulation = Simulation(chunk=16, slots=2, page_size=1)
+    prompt = tokens_of(1, 40)
+    simulation.submit(make("a", prompt[:20], 2), make("b", prompt[:12] + tokens_of(2, 5), 2), make("c", prompt, 2))
+    simulation.run()
+    computed = sum(len(chunk.token_ids) for plan in simulation.plans for chunk in plan.chunks)
+    assert computed == 20 + 5 + 20
+
+
+def test_generated_tokens_are_reused_in_the_next_turn() -> None:
+    simulation = Simulation(page_size=4)
+    first = make("first", tokens_of(1, 10), 13, ignore_eos=True)
+    simulation.submit(first)
+    while simulation.scheduler.has_work:
+        simulation.step()
+    answer = tuple(simulation.tokens["first"])
+    simulation.submit(make("second", first.prompt_ids + answer + (5, 6), 1))
+    simulation.run()
+    assert simulation.ends["second"].num_cached == 20  # of 22 written rows: the last token has none
+
+
+def test_a_repeated_prompt_is_computed_from_its_last_token_only() -> None:
+    simulation = Simulation(page_size=1)
+    simulation.submit(make("a", tokens_of(1, 30), 0))
+    simulation.run()
+    simulation = Simulation(page_size=1)
+    for rid in ("a", "b"):
+        simulation.submit(make(rid, tokens_of(1, 30), 0))
+        while simulation.scheduler.has_work:
+            simulation.step()
+    assert simulation.ends["b"].num_cached == 29
+    assert simulation.ends["b"].finish == Finish(type="length", length=0)
+    assert all(not chunk.samples for plan in simulation.plans for chunk in plan.chunks)
+
+
+def test_decode_rows_come_before_chunks_and_run_in_every_step() -> None:
+    simulation = Simulation(chunk=8)
+    simulation.submit(make("a", tokens_of(1, 4), 30, ignore_eos=True))
+    simulation.step()
+    simulation.submit(make("b", tokens_of(2, 64), 2))
+    for _ in range(8):
+        simulation.step()
+        assert len(simulation.plans[-1].decode) == 1
+        assert len(simulation.plans[-1].chunks) == 1
+
+
+def test_context_end_and_unlimited_generation() -> None:
+    simulation = Simulation(context_len=30)
+    request = make("a", tokens_of(1, 10), None, ignore_eos=True)
+    simulation.submit(request, make("b", tokens_of(1, 29), 50, ignore_eos=True), make("c", tokens_of(1, 30), 0))
+    simulation.run()
+    assert simulation.ends["a"].finish == Finish(type="length", length=20)
+    assert simulation.ends["b"].finish == Finish(type="length", length=1)
+    assert tuple(simulation.tokens["a"]) == reference(request, 30)[0]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_last_request_that_cannot_fit_fails_alone_with_numbers(depth: int) -> None:
+    simulation = Simulation(num_pages=11, depth=depth)  # 40 tokens
+    simulation.submit(*(make(f"r{i}", tokens_of(i, 12), 60, ignore_eos=True) for i in range(2)), make("s", (5,), 5))
+    simulation.run()
+    for rid in ("r0", "r1"):
+        finish = simulation.ends[rid].finish
+        assert finish is not None
+        assert (finish.type, finish.status) == ("abort", 500)
+        assert "41 tokens" in str(finish.message)
+        assert "max_total_tokens=40" in str(finish.message)
+        assert simulation.ends[rid].num_generated == 29  # 40 rows, and one token that has none
+    assert simulation.ends["s"].finish.type in ("length", "stop")
+
+
+def test_bad_requests_are_refused_with_reasons() -> None:
+    simulation = Simulation(num_pages=11, context_len=100, queue=2)
+    submit = simulation.scheduler.submit
+    for request, words in (
+        (make("a", ()), "empty"),
+        (make("a", (VOCAB,)), "below 40"),
+        (make("a", (-1,)), "below 40"),
+        (make("a", tokens_of(1, 100)), "at most 99"),
+        (make("a", tokens_of(1, 41)), "max_total_tokens=40"),
+        (make("a", (1,), adapter="x"), "adapters"),
+    ):
+        with pytest.raises(BadRequest, match=words):
+            submit(request)
+    submit(make("a", (1,)))
+    with pytest.raises(BadRequest, match="unique"):
+        submit(make("a", (1,)))
+    submit(make("b", (1,)))
+    with pytest.raises(Overloaded, match="full"):
+        submit(make("c", (1,)))
+    simulation.run()
+
+
+def test_unknown_cache_kinds_and_empty_pools_are_config_errors() -> None:
+    options = SchedulerOptions(max_running_requests=1, max_queued_requests=None, chunked_prefill_size=8, seed=1)
+    cache = CacheOptions(page_size=4, max_total_tokens=None, memory_fraction=0.5, radix=True)
+    window = CacheSpec(kind="window", layers=(0,), row_shapes=((1, 4),), dtype="float32", window=8)
+    for specs, num_pages in (((window,), (8,)), ((SPEC,), (1,))):
+        with pytest.raises(ConfigError):
+            Scheduler(
+                options, cache, specs=specs, num_pages=num_pages, context_len=9, eos_ids=frozenset(), vocab_size=9
+            )
+
+
+@pytest.mark.parametrize("after", range(8))
+@pytest.mark.parametrize("depth", [1, 2])
+def test_abort_in_every_state(after: int, depth: int) -> None:
+    simulation = Simulation(slots=2, chunk=8, depth=depth)
+    requests = [make(f"r{i}", tokens_of(i, 21), 20, seed=i, ignore_eos=True) for i in range(3)]
+    simulation.submit(*requests)
+    for _ in range(after):
+        simulation.step()
+    for rid in ("r0", "r2", "nobody"):
+        simulation.scheduler.abort(rid)
+        simulation.scheduler.abort(rid)
+    simulation.run()
+    for request in (requests[0], requests[2]):
+        assert simulation.ends[request.rid].finish == Finish(type="abort", message="Aborted")
+        tokens = tuple(simulation.tokens[request.rid])
+        assert tokens == reference(request)[0][: len(tokens)]
+    check_outputs(simulation, [requests[1]])
+
+
+def test_a_stop_string_keeps_the_tokens_before_it_and_says_nothing() -> None:
+    simulation = Simulation(page_size=1)
+    request = make("a", tokens_of(1, 5), 20, ignore_eos=True)
+    simulation.submit(request)
+    while len(simulation.tokens.get("a", ())) < 6:
+        simulation.step()
+    simulation.scheduler.abort("a", keep_tokens=4)
+    while simulation.scheduler.has_work:
+        simulation.step()
+    assert "a" not in simulation.ends
+    simulation.scheduler.check()
+    generated = reference(request)[0]
+    simulation.submit(make("next", request.prompt_ids + generated[:6], 1))
+    simulation.run()
+    assert simulation.ends["next"].num_cached == 5 + 4
+
+
+def test_logprobs_are_trimmed_to_what_each_request_asked() -> None:
+    simulation = Simulation()
+    simulation.submit(
+        make("five", tokens_of(1, 5), 6, ignore_eos=True, return_logprob=True, top_logprobs=5),
+        make("none", tokens_of(2, 5), 9, ignore_eos=True, top_logprobs=8),
+        make("chosen", tokens_of(3, 5), 3, ignore_eos=True, return_logprob=True),
+    )
+    simulation.run()
+    assert [len(entry.top) for entry in simulation.logprobs["five"]] == [5] * 6
+    assert [len(entry.top) for entry in simulation.logprobs["chosen"]] == [0] * 3
+    assert simulation.logprobs["none"] == []
+    assert {plan.top_logprobs for plan in simulation.plans} == {5, -1}
+
+
+@pytest.mark.parametrize("failing", range(12))
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_failed_step_ends_what_it_touched_and_nothing_else(failing: int, page_size: int, depth: int) -> None:
+    simulation = Simulation(chunk=24, slots=5, depth=depth, page_size=page_size)
+    requests = workload()
+    simulation.submit(*requests)
+    for _ in range(failing):
+        simulation.step()
+    simulation.step(fail=True)
+    while simulation.scheduler.has_work:
+        simulation.step()
+        simulation.scheduler.check()
+    broken = [rid for rid, end in simulation.ends.items() if end.finish.type == "abort"]
+    assert 1 <= len(broken) < len(requests)
+    assert all(simulation.ends[rid].finish.status == 500 for rid in broken)
+    check_outputs(simulation, [request for request in requests if request.rid not in broken])
+    again = [make("again" + request.rid, request.prompt_ids, 20) for request in requests]
+    simulation.submit(*again)  # whatever the tree still holds must be right
+    simulation.run()
+    check_outputs(simulation, again)
+
+
+def test_flush_only_when_idle() -> None:
+    simulation = Simulation()
+    simulation.submit(make("a", tokens_of(1, 20), 3))
+    assert not simulation.scheduler.flush()
+    simulation.step()
+    assert not simulation.scheduler.flush()
+    simulation.run()
+
+
+def test_unseeded_requests_draw_from_the_engines_seed() -> None:
+    seeds = []
+    for _ in range(2):
+        simulation = Simulation(chunk=512)
+        simulation.submit(*(make(f"r{i}", (1, 2, 3), 2, seed=None) for i in range(3)))
+        simulation.run()
+        seeds.append([start.seed for plan in simulation.plans for start in plan.starts])
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0])) == 3
+
+
+class Programs(RuleBasedStateMachine):
+    """Random commands, a tiny pool, failing steps now and then: each request ends once, then everything is back."""
+
+    rids = Bundle("rids")
+
+    @staticmethod
+    def simulation_options() -> dict[str, object]:
+        return {"num_pages": 14, "slots": 3, "chunk": 8, "context_len": 60, "queue": 5}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.simulation = Simulation(**self.simulation_options())
+        self.requests: dict[str, Request] = {}
+        self.silent: set[str] = set()
+
+    @rule(
+        target=rids,
+        family=st.integers(0, 2),
+        length=st.integers(1, 50),
+        new=st.one_of(st.none(), st.integers(0, 40)),
+        ignore_eos=st.booleans(),
+    )
+    def submit(self, family: int, length: int, new: int | None, ignore_eos: bool) -> str:
+        rid = f"r{len(self.requests)}"
+        request = make(rid, tokens_of(family, length), new, ignore_eos=ignore_eos, namespace=str(family // 2))
+        try:
+            self.simulation.submit(request)
+            self.requests[rid] = request
+        except (Overloaded, BadRequest):
+            return "refused"
+        return rid
+
+    @rule(rid=rids)
+    def abort(self, rid: str) -> None:
+        self.simulation.scheduler.abort(rid)
+
+    @rule(rid=rids, cut=st.integers(0, 3))
+    def stop(self, rid: str, cut: int) -> None:
+        seen = len(self.simulation.tokens.get(rid, ()))
+        if rid in self.requests and rid not in self.simulation.ends and rid not in self.silent:
+            self.simulation.drain()
+            if rid not in self.simulation.ends:
+                self.silent.add(rid)
+                self.simulation.scheduler.abort(rid, keep_tokens=max(0, seen - cut))
+
+    @rule()
+    def abort_all(self) -> None:
+        self.simulation.scheduler.abort_all()
+
+    @rule()
+    def flush(self) -> None:
+        assert self.simulation.scheduler.flush() != self.simulation.scheduler.has_work
+
+    @rule(number=st.integers(1, 30))
+    def steps(self, number: int) -> None:
+        for _ in range(number):
+            self.simulation.step()
+
+    @rule()
+    def failing_step(self) -> None:
+        self.simulation.step(fail=True)
+
+    @rule()
+    def launch(self) -> None:
+        if len(self.simulation.results) < 3:
+            self.simulation.launch()
+
+    @invariant()
+    def everything_is_accounted_for(self) -> None:
+        self.simulation.scheduler.check()
+
+    def teardown(self) -> None:
+        simulation = self.simulation
+        simulation.run()
+        assert set(simulation.ends) | self.silent == set(self.requests)
+        assert not set(simulation.ends) & self.silent
+        for rid, end in simulation.ends.items():
+            expected, why = reference(self.requests[rid], 60)
+            tokens = tuple(simulation.tokens[rid])
+            if end.finish.type == "abort":
+                assert tokens == expected[: len(tokens)]
+            else:
+                assert (tokens, end.finish.type) == (expected, why)
+
+
+class ProgramsWithoutTree(Programs):
+    @staticmethod
+    def simulation_options() -> dict[str, object]:
+        return {"num_pages": 40, "slots": 3, "chunk": 8, "context_len": 60, "page_size": 1, "radix": False, "groups": 2}
+
+
+limits = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+TestPrograms = Programs.TestCase
+TestPrograms.settings = limits
+TestProgramsWithoutTree = ProgramsWithoutTree.TestCase
+TestProgramsWithoutTree.settings = limits
