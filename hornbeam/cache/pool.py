@@ -33,7 +33,7 @@ def page_bytes(specs: tuple[CacheSpec, ...], page_size: int) -> int:
     return sum(spec.bytes_per_token(getattr(torch, spec.dtype).itemsize) * page_size for spec in specs)
 
 
-def pages_that_fit(budget: int, specs: tuple[CacheSpec, ...], page_size: int, context_len: int) -> int:
+def pages_that_fit(budget: int, specs: tuple[CacheSpec, ...], page_size: int) -> int:
     """How many pages fit in `budget` bytes, the padding page included.
 
     Raises:

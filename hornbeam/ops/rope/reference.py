@@ -1,5 +1,6 @@
 """Rotary position embedding in plain torch."""
 
+import torch
 from torch import Tensor
 
 from hornbeam.ops.query import OpQuery
@@ -17,9 +18,8 @@ class ReferenceRope:
         cos, sin = table[positions].unsqueeze(1).chunk(2, -1)
         for x in (q, k):
             first, second = x.float().chunk(2, -1)
-            half = first.shape[-1]
-            x[..., :half] = first * cos - second * sin
-            x[..., half:] = second * cos + first * sin
+            rotated = first * cos - second * sin, second * cos + first * sin
+            x.copy_(torch.cat(rotated, -1))
 
 
 BACKEND = ReferenceRope()

@@ -1,0 +1,139 @@
+"""Makes an executor: model and weights on the device, kernels chosen, the cache pool sized by measurement, graphs."""
+
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hornbeam.cache.pool import CachePool, page_bytes, pages_that_fit
+from hornbeam.comm.grid import Grid
+from hornbeam.config.components import EngineOptions
+from hornbeam.core.cache_spec import CacheSpec
+from hornbeam.core.family import ModelConfig, ModelFamily
+from hornbeam.executor.executor import Executor
+from hornbeam.executor.runner import NUM_LANES, Runner
+from hornbeam.executor.state import SlotState
+from hornbeam.layers.context import BuildContext
+from hornbeam.ops.attention.contract import AttentionShape
+from hornbeam.ops.kernels import Kernels, choose_kernels
+from hornbeam.ops.query import OpQuery
+from hornbeam.platforms.contract import Platform
+from hornbeam.sampling.sampler import Sampler
+from hornbeam.weights.checkpoint import Checkpoint
+from hornbeam.weights.load import draw_dummy, load_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltExecutor:
+    """An executor, and what the scheduler must know of its cache."""
+
+    executor: Executor
+    specs: tuple[CacheSpec, ...]
+    num_pages: tuple[int, ...]  # per cache group, the padding page included
+
+
+def build_executor(
+    family: ModelFamily, config: ModelConfig, checkpoint: Checkpoint, options: EngineOptions, platform: Platform
+) -> BuiltExecutor:
+    """Load the model and make it ready for steps.
+
+    Raises:
+        ConfigError: weights that do not fit the model, or no room for a cache.
+    """
+    config = dataclasses.replace(config, dtype=options.model.dtype)
+    kernels = choose_kernels(_query(config, options, platform), options.executor.attention_backend)
+    started = time.perf_counter()
+    model = platform.submit(lambda: _value(_load(family, config, checkpoint, options, kernels, platform))).result()
+    logger.info("weights are on %s after %.1f s", platform.facts().device, time.perf_counter() - started)
+
+    specs = family.cache_specs(config)
+    num_slots, page_size = options.scheduler.max_running_requests, options.cache.page_size
+    max_pages = -(-options.model.context_len // page_size)
+    sampler = Sampler(num_slots, kernels.sample, platform.device)
+    state = SlotState(num_slots, len(specs), max_pages, page_size, sampler, platform.device)
+    shape = AttentionShape(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=page_size,
+        max_pages=max_pages,
+        scale=config.head_dim**-0.5,
+        dtype=getattr(torch, config.dtype),
+        device=platform.device,
+    )
+    attention = [[kernels.attention.create(shape, num_slots) for _ in specs] for _ in range(NUM_LANES)]
+    runner = Runner(model, config.num_layers, state, attention)
+    executor = Executor(runner=runner, platform=platform, state=state, sampler=sampler)
+
+    # One page is enough to run the largest step on; its activations then stay in the allocator, so free means free.
+    executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device), graph_batch_sizes=())
+    executor.warm_up(min(options.scheduler.chunked_prefill_size, options.model.context_len))
+    num_pages = (_num_pages(specs, options, platform),) * len(specs)
+    pool = CachePool(specs, num_pages, page_size, platform.device)
+    graphs = options.executor.graph_batch_sizes if kernels.attention.captures else ()
+    executor.use_pool(pool, graph_batch_sizes=graphs)
+    return BuiltExecutor(executor=executor, specs=specs, num_pages=num_pages)
+
+
+def _value(value: Any) -> Any:
+    return lambda: value
+
+
+def _query(config: ModelConfig, options: EngineOptions, platform: Platform) -> OpQuery:
+    return OpQuery(
+        device=platform.device.type,
+        dtype=config.dtype,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=options.cache.page_size,
+    )
+
+
+def _load(
+    family: ModelFamily,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    kernels: Kernels,
+    platform: Platform,
+) -> Any:
+    context = BuildContext(
+        grid=Grid(),
+        kernels=kernels,
+        dtype=getattr(torch, config.dtype),
+        device=platform.device,
+        context_len=options.model.context_len,
+    )
+    model = family.build(config, context)
+    if checkpoint.format == "dummy":
+        draw_dummy(model, options.model.seed)
+    else:
+        load_weights(model, checkpoint, family.weight_map(config))
+    return model.eval()
+
+
+def _num_pages(specs: tuple[CacheSpec, ...], options: EngineOptions, platform: Platform) -> int:
+    """Pages of each group, the padding page included."""
+    page_size = options.cache.page_size
+    free, total = platform.free_memory()
+    if options.cache.max_total_tokens is not None:
+        count = -(-options.cache.max_total_tokens // page_size) + 1
+        why = "--max-total-tokens"
+    else:
+        budget = free - int((1 - options.cache.memory_fraction) * total)
+        useful = options.scheduler.max_running_requests * -(-options.model.context_len // page_size) + 1
+        count = min(pages_that_fit(budget, specs, page_size), useful)
+        why = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB were free, fraction {options.cache.memory_fraction}"
+    logger.info(
+        "key-value cache = %d tokens, %.2f GiB (%s)",
+        (count - 1) * page_size,
+        count * page_bytes(specs, page_size) / 2**30,
+        why,
+    )
+    return count

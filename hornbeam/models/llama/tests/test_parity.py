@@ -1,0 +1,93 @@
+"""The dense family against transformers, on tiny random checkpoints in float32."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import Sequence, as_tensor, make_executor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+pytestmark = pytest.mark.cpu
+
+NUM_NEW = 12
+PROMPT = [int(x) for x in torch.randint(0, 300, (53,), generator=torch.Generator().manual_seed(1))]
+ROWS: dict[str, dict[str, Any]] = {
+    "grouped heads, untied": {},
+    "tied head": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "own head size": {"head_dim": 32},
+    "llama3 rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+}
+
+
+@pytest.fixture(scope="module", params=ROWS, ids=lambda name: name.replace(" ", "-"))
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "vocab_size": 300,
+            "hidden_size": 64,
+            "intermediate_size": 112,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            "initializer_range": 0.2,
+            **ROWS[request.param],
+        }
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    folder = tmp_path_factory.mktemp("dense")
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def reference(folder: Path) -> list[torch.Tensor]:
+    """Logprobs [V] after the prompt and after each greedy token."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids, rows = list(PROMPT), []
+    for _ in range(NUM_NEW):
+        rows.append(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1))
+        ids.append(int(rows[-1].argmax()))
+    return rows
+
+
+@pytest.mark.parametrize("chunk_size", [None, 16, 7])
+def test_logprobs_equal_the_reference(checkpoint: Path, chunk_size: int | None) -> None:
+    executor = make_executor(checkpoint)
+    sequence = Sequence(executor, slot=1, first_page=3, num_pages=8)
+    rows = [as_tensor(sequence.prefill(PROMPT, chunk_size))]
+    rows += [as_tensor(sequence.decode()) for _ in range(NUM_NEW - 1)]
+    for row, expected in zip(rows, reference(checkpoint), strict=True):
+        torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
+        assert row.argmax() == expected.argmax()
+
+
+def test_every_weight_matters(checkpoint: Path) -> None:
+    """Guards the test above: a model whose weights hardly count would pass it with any of them missing."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        expected = model(ids).logits[0, -1].log_softmax(-1)
+        for name, parameter in model.named_parameters():
+            saved = parameter.clone()
+            parameter.mul_(1.1).add_(0.01)
+            moved = (model(ids).logits[0, -1].log_softmax(-1) - expected).abs().max()
+            parameter.copy_(saved)
+            assert moved > 1e-3 or name.endswith("k_proj.bias"), name

@@ -1,0 +1,70 @@
+"""Runs a checkpoint's model step by step without scheduler or engine, to compare its logits with a reference."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hornbeam.config.flags import check_flags
+from hornbeam.config.resolve import resolve_engine
+from hornbeam.core.plan import Chunk, PageGrant, SlotStart, StepPlan
+from hornbeam.core.request import SamplingParams
+from hornbeam.executor.build import build_executor
+from hornbeam.executor.executor import Executor
+from hornbeam.models.index import find_family
+from hornbeam.platforms.index import PLATFORMS
+from hornbeam.weights.checkpoint import open_checkpoint
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def make_executor(path: Path, device: str = "cpu", **flags: Any) -> Executor:
+    """The executor that `hornbeam serve --model-path path` would run, with a small cache."""
+    user = check_flags({"max_total_tokens": 1024, "max_running_requests": 4, **flags})
+    checkpoint = open_checkpoint(path, user.get("load_format", "auto"))
+    family = find_family(checkpoint.hf_config, frozenset())
+    config = family.parse(checkpoint.hf_config)
+    platform = PLATFORMS.load(device).create()
+    options = resolve_engine(user, family.name, family.defaults(config, device), config, platform.facts())
+    return build_executor(family, config, checkpoint, options, platform).executor
+
+
+class Sequence:
+    """One request in slot `slot`, whose pages are handed out in order from `first_page`."""
+
+    def __init__(self, executor: Executor, slot: int, first_page: int, num_pages: int) -> None:
+        self._executor = executor
+        self._slot = slot
+        self._len = 0
+        self._step_id = 0
+        self._pages = tuple(range(first_page, first_page + num_pages))
+
+    def prefill(self, ids: list[int], chunk_size: int | None = None) -> dict[int, float]:
+        """Run the prompt in chunks; the logprobs of all ids after it."""
+        size = chunk_size or len(ids)
+        start = SlotStart(slot=self._slot, num_cached=0, sampling=GREEDY, seed=0)
+        grant = PageGrant(slot=self._slot, group=0, first=0, page_ids=self._pages)
+        logprobs: dict[int, float] = {}
+        for begin in range(0, len(ids), size):
+            piece = tuple(ids[begin : begin + size])
+            last = begin + size >= len(ids)
+            chunk = Chunk(slot=self._slot, start=begin, token_ids=piece, samples=last)
+            first = begin == 0
+            logprobs = self._run(starts=(start,) * first, grants=(grant,) * first, chunks=(chunk,))
+        self._len = len(ids)
+        return logprobs
+
+    def decode(self) -> dict[int, float]:
+        """Feed the last id chosen on the device; the logprobs of all ids after it."""
+        self._len += 1
+        return self._run(decode=(self._slot,), decode_lens=(self._len,))
+
+    def _run(self, **fields: Any) -> dict[int, float]:
+        self._step_id += 1
+        result = self._executor.launch(StepPlan(step_id=self._step_id, top_logprobs=2**30, **fields)).result()
+        return dict(result.logprobs[0][0].top) if result.logprobs else {}
+
+
+def as_tensor(logprobs: dict[int, float]) -> torch.Tensor:
+    """[V] float32, by token id."""
+    return torch.tensor([logprobs[token] for token in range(len(logprobs))])
