@@ -51,7 +51,7 @@ def find_safetensors(folder: Path) -> SafetensorsFiles:
     """
     index = folder / _INDEX
     if index.exists():
-        paths = tuple(folder / name for name in _listed_files(index))
+        paths = _listed_files(index)
         absent = [path.name for path in paths if not path.exists()]
         if absent:
             raise ConfigError(f"{index} lists {', '.join(absent)}, not there; finish the download of {folder}")
@@ -65,9 +65,10 @@ def find_safetensors(folder: Path) -> SafetensorsFiles:
     return SafetensorsFiles(paths)
 
 
-def _listed_files(index: Path) -> list[str]:
+def _listed_files(index: Path) -> tuple[Path, ...]:
     try:
-        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        return tuple(sorted(index.parent / name for name in names))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{index} is not a usable safetensors index ({error!r}); download it again") from error
 

