@@ -17,10 +17,14 @@ class CachePool:
         for group, (spec, count) in enumerate(zip(specs, num_pages, strict=True)):
             dtype = getattr(torch, spec.dtype)
             for layer in spec.layers:
-                # Zeros, because kernels may multiply rows that nobody wrote by a weight of 0, and 0 * nan is nan.
                 pages = tuple(
-                    torch.zeros((count, page_size, *shape), dtype=dtype, device=device) for shape in spec.row_shapes
+                    torch.empty((count, page_size, *shape), dtype=dtype, device=device) for shape in spec.row_shapes
                 )
+                if device.type != "cpu":
+                    # Device kernels may multiply rows that nobody wrote by a weight of 0, and 0 * nan is nan. On a CPU
+                    # only written rows are read, and memory that is not touched is not taken.
+                    for tensor in pages:
+                        tensor.zero_()
                 self._layers[layer] = (group, pages)
 
     def layer(self, layer: int) -> tuple[int, tuple[Tensor, ...]]:
