@@ -1,0 +1,128 @@
+"""Options: who wins, why, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hornbeam.config.components import EngineOptions
+from hornbeam.config.environment import read_environment
+from hornbeam.config.flags import FLAGS, check_flags
+from hornbeam.config.resolve import resolve_engine, resolve_serve
+from hornbeam.core.errors import ConfigError
+from hornbeam.core.family import ModelConfig
+from hornbeam.core.platform import PlatformFacts
+
+pytestmark = pytest.mark.pure
+
+MODEL = ModelConfig(
+    architecture="Some",
+    num_layers=2,
+    hidden_size=8,
+    vocab_size=16,
+    context_len=4096,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    dtype="bfloat16",
+)
+CPU = PlatformFacts(
+    name="cpu",
+    device="CPU",
+    dtype="float32",
+    page_size=16,
+    chunked_prefill_size=512,
+    max_running_requests=64,
+    memory_fraction=0.4,
+    graphs=False,
+)
+GPU = PlatformFacts(
+    name="cuda",
+    device="GPU",
+    dtype=None,
+    page_size=16,
+    chunked_prefill_size=8192,
+    max_running_requests=256,
+    memory_fraction=0.88,
+    graphs=True,
+)
+
+
+def resolve(platform: PlatformFacts = CPU, family: dict[str, Any] | None = None, **user: Any) -> EngineOptions:
+    return resolve_engine(check_flags(user), "fam", family or {}, MODEL, platform)
+
+
+def test_every_value_has_a_reason() -> None:
+    options = resolve()
+    assert options.reasons["dtype"].value == "float32"
+    assert options.reasons["dtype"].why == "suits CPU"
+    assert resolve(GPU).reasons["dtype"].value == "bfloat16"
+    assert resolve(GPU).reasons["dtype"].why == "the checkpoint's own"
+    assert options.reasons["disable_radix_cache"].why == "default"
+
+
+def test_the_user_wins_over_the_family_and_the_family_over_the_platform() -> None:
+    assert resolve(family={"page_size": 64}).cache.page_size == 64
+    assert "family fam" in resolve(family={"page_size": 64}).reasons["page_size"].why
+    options = resolve(family={"page_size": 64}, page_size=1)
+    assert options.cache.page_size == 1
+    assert options.reasons["page_size"].why == "flag"
+
+
+def test_auto_means_not_set() -> None:
+    assert resolve(dtype="auto").model.dtype == "float32"
+    assert resolve(dtype="half").model.dtype == "float16"
+
+
+def test_chunked_prefill_off_takes_whole_prompts() -> None:
+    assert resolve(chunked_prefill_size=-1).scheduler.chunked_prefill_size == 4096
+
+
+def test_graph_sizes() -> None:
+    assert resolve(CPU).executor.graph_batch_sizes == ()
+    assert resolve(GPU, disable_cuda_graph=True).executor.graph_batch_sizes == ()
+    assert resolve(GPU).executor.graph_batch_sizes[-1] == 256
+    assert resolve(GPU, cuda_graph_bs=[4, 1], cuda_graph_max_bs=6).executor.graph_batch_sizes == (1, 4, 6)
+    assert resolve(GPU, max_running_requests=10).executor.graph_batch_sizes == (1, 2, 4, 8, 10)
+
+
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        ({"context_length": 5000}, "exceeds the model's 4096"),
+        ({"page_size": 0}, "--page-size must be at least 1"),
+        ({"max_running_requests": 0}, "--max-running-requests must be at least 1"),
+        ({"nonsense": 1}, "unknown option 'nonsense'"),
+        ({"port": "80"}, "port takes int"),
+        ({"port": True}, "port takes int"),
+        ({"dtype": "int3"}, "dtype must be one of"),
+    ],
+)
+def test_what_cannot_work_is_refused(user: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(**user)
+
+
+def test_aliases_have_one_canonical_name() -> None:
+    assert check_flags({"model": "x", "stream_output": True}) == {
+        "model_path": "x",
+        "incremental_streaming_output": True,
+    }
+    names = [name for flag in FLAGS for name in (flag.name, *flag.aliases)]
+    assert len(names) == len(set(names))
+
+
+def test_serve_options() -> None:
+    options = resolve_serve(check_flags({"port": 0}), "Default-Model")
+    assert options.host == "127.0.0.1"
+    assert options.served_model_name == "Default-Model"
+    assert resolve_serve(check_flags({"model_path": "m"}), "d").served_model_name == "m"
+    with pytest.raises(ConfigError, match="0..65535"):
+        resolve_serve(check_flags({"port": 70000}), "d")
+
+
+def test_environment() -> None:
+    assert read_environment({"HORNBEAM_CACHE_DIR": "/a"}).cache_dir == Path("/a")
+    assert read_environment({"XDG_CACHE_HOME": "/x"}).cache_dir == Path("/x/hornbeam")
+    disabled = read_environment({"HORNBEAM_DISABLED_MODEL_ARCHS": "A, B,"}).disabled_architectures
+    assert disabled == {"A", "B"}
