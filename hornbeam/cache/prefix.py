@@ -7,6 +7,7 @@ first, the least recently used one first. Knows no requests, and of steps only t
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -187,26 +188,24 @@ class PrefixTree:
         self._queue.clear()
         self.num_evictable = 0
 
-    def check(self) -> int:
-        """Verify the structure and every count. Returns the number of locks. Raises AssertionError."""
-        num_pages = num_evictable = num_locks = 0
-        for root in self._roots.values():
-            for node in _walk(root):
-                parent = node.parent
-                if parent is not None:
-                    assert parent.children[tuple(node.key[: self._unit])] is node, "a child stands under a wrong key"
-                    assert node.length == parent.length + len(node.key), "lengths do not add up"
-                    assert len(node.key) % self._unit == 0, "a node ends inside a unit"
-                    assert node.queued or node.num_locks or node.children, "a leaf that can never be evicted"
-                assert all(len(ids) * self._page_size == len(node.key) for ids in node.pages), "pages and tokens differ"
-                assert node.num_locks >= max((child.num_locks for child in node.children.values()), default=0)
-                assert not node.revoked, "a revoked node is reachable"
-                num_pages += len(node.pages[0])
-                num_evictable += len(node.pages[0]) * (node.num_locks == 0)
-                num_locks += node.num_locks
-        assert num_pages <= self.num_pages, f"{num_pages} pages in the tree, counted {self.num_pages}"
-        assert num_evictable == self.num_evictable, f"{num_evictable} evictable, counted {self.num_evictable}"
-        return num_locks
+    def check(self, holders: Sequence[Node]) -> None:
+        """Verify the structure, and every count given the locked nodes, one entry per lock. Raises AssertionError."""
+        locks = Counter(node for holder in holders for node in _path(holder))
+        nodes = {node for root in self._roots.values() for node in _walk(root)}
+        for node in nodes:
+            assert not node.revoked, "a revoked node can be matched"
+            assert all(len(ids) * self._page_size == len(node.key) for ids in node.pages), "pages and tokens differ"
+            if node.parent is not None:
+                assert node.parent.children[tuple(node.key[: self._unit])] is node, "a child stands under a wrong key"
+                assert node.length == node.parent.length + len(node.key), "lengths do not add up"
+                assert len(node.key) % self._unit == 0, "a node ends inside a unit"
+                assert node.queued or node.num_locks or node.children, "a leaf that can never be evicted"
+        for node in nodes | locks.keys():
+            assert node.num_locks == locks[node], f"{node.num_locks} locks at {node.length} tokens, {locks[node]} held"
+        num_pages = sum(len(node.pages[0]) for node in nodes | locks.keys())
+        assert num_pages == self.num_pages, f"{num_pages} pages in the tree, {self.num_pages} counted"
+        num_evictable = sum(len(node.pages[0]) for node in nodes if not locks[node])
+        assert num_evictable == self.num_evictable, f"{num_evictable} evictable pages, {self.num_evictable} counted"
 
     def _common_length(self, key: list[int], tokens: list[int], position: int, limit: int) -> int:
         """Tokens, in whole units, that `key` and `tokens[position:limit]` share; the first unit is known to match."""
@@ -271,6 +270,14 @@ class PrefixTree:
         self.num_pages -= len(node.pages[0])
         for pool, ids in zip(self._pools, node.pages, strict=True):
             pool.free(ids)
+
+
+def _path(node: Node) -> Iterator[Node]:
+    """`node` and its ancestors."""
+    walk: Node | None = node
+    while walk is not None:
+        yield walk
+        walk = walk.parent
 
 
 def _walk(node: Node) -> Iterator[Node]:

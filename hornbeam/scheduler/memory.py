@@ -134,12 +134,15 @@ class Memory:
 
     def check(self, holders: list[RequestState]) -> None:
         """Verify that `holders` and the tree hold everything that is taken. Raises AssertionError."""
-        num_locks = self._tree.check()
-        assert holders or not num_locks, f"{num_locks} locks in the prefix tree, and nobody holds them"
+        nodes = {state: state.node for state in holders if state.node is not None}
+        assert len(nodes) == len(holders), "a request runs without memory"
+        self._tree.check(list(nodes.values()))
         slots = sorted(self._free_slots + [state.slot for state in holders])
         assert slots == list(range(self.num_slots)), f"slots are lost or held twice: {slots}"
         for group, pool in enumerate(self._pools):
-            own = [page for state in holders for page in state.pages[group][state.node.length // self.page_size :]]  # type: ignore[union-attr]
-            assert len(set(own)) == len(own), "a page belongs to two requests"
+            own = [
+                page for state, node in nodes.items() for page in state.pages[group][node.length // self.page_size :]
+            ]
+            assert len(set(own)) == len(own), f"group {group}: a page belongs to two requests"
             held = len(own) + self._tree.num_pages
             assert pool.num_taken == held, f"group {group}: {pool.num_taken} pages taken, {held} held"

@@ -23,6 +23,8 @@ from hornbeam.scheduler.state import RequestState, Step
 # Kept free per running request at admission, for what it will generate; in all at most this part of the pool.
 RESERVE_TOKENS = 64
 RESERVE_PART = 8
+# With pages smaller than this, a decode row takes several at once, so that page tables change rarely.
+GRANT_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +234,8 @@ class Scheduler:
         for state in self._decoding:
             kv_len = state.kv_len + 1
             if kv_len > state.capacity:
-                if not self._memory.grow(state, kv_len):
+                ahead = min(kv_len + GRANT_TOKENS - 1, state.last_kv_len)
+                if not (self._memory.grow(state, ahead) or self._memory.grow(state, kv_len)):
                     step.starved = True
                     continue
                 self._grant(state, step)
@@ -306,7 +309,7 @@ class Scheduler:
         state.last_step = step.step_id
         node = self._memory.publish(state, step.step_id)
         if node is not None:
-            step.published.append((state, node))
+            step.published.append(node)
         self._prefilling.pop(state, None)
         phase = self._prefilling if not done else self._decoding if end < state.last_kv_len else self._ending
         phase[state] = None
@@ -320,9 +323,12 @@ class Scheduler:
         state.num_granted = len(state.pages[0])
 
     def _relieve(self) -> bool:
-        """Pages are short: retract the youngest request; one that runs alone fails. False if pages will come anyway."""
-        candidates = [*self._decoding, *self._prefilling]
-        if not candidates or self._leaving or self._ending:
+        """Pages are short: retract the youngest request; one that is alone fails. False if pages will come anyway."""
+        if self._leaving or self._ending:
+            return False
+        # Nobody runs: a retracted head of the queue may have grown beyond the pool, on pages that it shared.
+        candidates = [*self._decoding, *self._prefilling] or list(self._queue)[:1]
+        if not candidates:
             return False
         victim = max(candidates, key=lambda state: state.arrival)
         if len(candidates) > 1:
@@ -330,10 +336,10 @@ class Scheduler:
             return True
         if victim.last_step > self._applied:
             return False  # what is in flight may end it
-        total = self._memory.max_total_tokens
+        needed, total = max(victim.kv_len + 1, victim.prefill_end), self._memory.max_total_tokens
         message = (
-            f"the request needs keys and values of {victim.kv_len + 1} tokens, but the cache holds "
-            f"max_total_tokens={total}; raise --max-total-tokens or ask for fewer new tokens"
+            f"the request needs keys and values of {needed} tokens, but the cache holds max_total_tokens={total}; "
+            "raise --max-total-tokens or ask for fewer new tokens"
         )
         self._finish(victim, Finish(type="abort", message=message, status=500))
         return True
@@ -378,11 +384,9 @@ class Scheduler:
 
     def _fail(self, step: Step, error: str) -> None:
         """Nothing that `step` wrote is valid: end its requests, and those that reuse what it wrote."""
+        for node in step.published:
+            self._memory.revoke(node)  # and what later steps have added below
         broken = dict.fromkeys((*step.rows, *step.silent))
-        for other in (step, *self._in_flight):
-            for state, node in other.published:
-                if state in broken:
-                    self._memory.revoke(node)
         for state in (*self._prefilling, *self._decoding, *self._ending, *self._leaving):
             if state.node is not None and state.node.revoked:
                 broken[state] = None

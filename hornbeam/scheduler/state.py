@@ -89,7 +89,7 @@ class Step:
     decode_lens: list[int] = field(default_factory=list)
     rows: list[RequestState] = field(default_factory=list)  # the sampling rows, in the plan's order
     silent: list[RequestState] = field(default_factory=list)  # chunks that do not sample
-    published: list[tuple[RequestState, Node]] = field(default_factory=list)  # tree nodes that it writes, and for whom
+    published: list[Node] = field(default_factory=list)  # tree nodes whose rows it completes
     starved: bool = False  # a decode row had to wait for a page
 
     @property

@@ -343,6 +343,24 @@ def test_the_last_request_that_cannot_fit_fails_alone_with_numbers(depth: int) -
     assert simulation.ends["s"].finish.type in ("length", "stop")
 
 
+@pytest.mark.parametrize("chunk", [2, 512])
+def test_a_retracted_request_that_outgrew_the_pool_on_shared_pages_fails_with_numbers(chunk: int) -> None:
+    simulation = Simulation(page_size=1, num_pages=8, chunk=chunk, depth=1)
+    short, long = make("short", (1, 2, 3), 3, ignore_eos=True), make("long", (1, 2, 3, 4, 5, 6, 7), 9, ignore_eos=True)
+    simulation.submit(short, long)
+    simulation.run()
+    check_outputs(simulation, [short])
+    assert "needs keys and values of 8 tokens" in simulation.ends["long"].finish.message
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_nothing_is_planned_beyond_an_end_that_is_known(depth: int) -> None:
+    simulation = Simulation(depth=depth, context_len=14)
+    simulation.submit(make("a", (1, 2, 3), 5, ignore_eos=True), make("b", (5,), 1), make("c", tokens_of(1, 10), None))
+    simulation.run()
+    assert [len(plan.decode) for plan in simulation.plans] == [0, 2, 2, 2, 1]
+
+
 def test_bad_requests_are_refused_with_reasons() -> None:
     simulation = Simulation(num_pages=11, context_len=100, queue=2)
     submit = simulation.scheduler.submit
@@ -443,7 +461,7 @@ def test_a_failed_step_ends_what_it_touched_and_nothing_else(failing: int, page_
     assert 1 <= len(broken) < len(requests)
     assert all(simulation.ends[rid].finish.status == 500 for rid in broken)
     check_outputs(simulation, [request for request in requests if request.rid not in broken])
-    again = [make("again" + request.rid, request.prompt_ids, 20) for request in requests]
+    again = [make("again" + request.rid, request.prompt_ids + reference(request)[0] + (5,), 20) for request in requests]
     simulation.submit(*again)  # whatever the tree still holds must be right
     simulation.run()
     check_outputs(simulation, again)
