@@ -1,5 +1,6 @@
 """Runs a checkpoint's model step by step without scheduler or engine, to compare its logits with a reference."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,39 @@ from hornbeam.executor.build import build_executor
 from hornbeam.executor.executor import Executor
 from hornbeam.models.index import find_family
 from hornbeam.platforms.index import PLATFORMS
+from hornbeam.scheduler.scheduler import Scheduler
 from hornbeam.weights.checkpoint import open_checkpoint
 
 GREEDY = SamplingParams(temperature=0)
 
 
-def make_executor(path: Path, device: str = "cpu", **flags: Any) -> Executor:
-    """The executor that `hornbeam serve --model-path path` would run, with a small cache."""
-    user = check_flags({"max_total_tokens": 1024, "max_running_requests": 4, **flags})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """What an engine's loop joins."""
+
+    scheduler: Scheduler
+    executor: Executor
+
+
+def make_engine(path: Path, device: str = "cpu", **flags: Any) -> BuiltEngine:
+    """The scheduler and executor that `hornbeam serve --model-path path` would run, with a small cache."""
+    user = check_flags({"max_total_tokens": 1024, "max_running_requests": 16, **flags})
     checkpoint = open_checkpoint(path, user.get("load_format", "auto"))
     family = find_family(checkpoint.hf_config, frozenset())
     config = family.parse(checkpoint.hf_config)
     platform = PLATFORMS.load(device).create()
     options = resolve_engine(user, family.name, family.defaults(config, device), config, platform.facts())
-    return build_executor(family, config, checkpoint, options, platform).executor
+    built = build_executor(family, config, checkpoint, options, platform)
+    scheduler = Scheduler(
+        options.scheduler,
+        options.cache,
+        specs=built.specs,
+        num_pages=built.num_pages,
+        context_len=options.model.context_len,
+        eos_ids=frozenset(),
+        vocab_size=config.vocab_size,
+    )
+    return BuiltEngine(scheduler=scheduler, executor=built.executor)
 
 
 class Sequence:

@@ -117,7 +117,7 @@ def test_serve_options() -> None:
     assert options.host == "127.0.0.1"
     assert options.served_model_name == "Default-Model"
     assert resolve_serve(check_flags({"model_path": "m"}), "d").served_model_name == "m"
-    with pytest.raises(ConfigError, match="0..65535"):
+    with pytest.raises(ConfigError, match=r"0\.\.65535"):
         resolve_serve(check_flags({"port": 70000}), "d")
 
 

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.pure
 
 MODULES = {
     "good_backend": "class B:\n    def supports(self, query): return None\nB = B()\n",
-    "picky_backend": "class B:\n    def supports(self, query): return None if query == 'gpu' else 'needs a gpu'\nB = B()\n",
+    "picky_backend": (
+        "class B:\n    def supports(self, query): return None if query == 'gpu' else 'needs a gpu'\nB = B()\n"
+    ),
     "broken_backend": "raise OSError('libfoo.so is missing')\n",
     "lying_backend": "class B:\n    def supports(self, query): raise RuntimeError('driver')\nB = B()\n",
 }
@@ -53,5 +55,5 @@ def test_a_wanted_entry_is_taken_or_refused_with_its_reason(registry: Registry[s
 
 
 def test_none_can_serve(registry: Registry[str, object]) -> None:
-    with pytest.raises(ConfigError, match="broken: OSError.*; picky: needs a gpu"):
+    with pytest.raises(ConfigError, match=r"broken: OSError.*; picky: needs a gpu"):
         registry.choose("cpu", order=("broken", "picky"))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Sequence, as_tensor, make_executor
+from harness import Sequence, as_tensor, make_engine
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.cpu
@@ -70,7 +70,7 @@ def reference(folder: Path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("chunk_size", [None, 16, 7])
 def test_logprobs_equal_the_reference(checkpoint: Path, chunk_size: int | None) -> None:
-    executor = make_executor(checkpoint)
+    executor = make_engine(checkpoint).executor
     sequence = Sequence(executor, slot=1, first_page=3, num_pages=8)
     rows = [as_tensor(sequence.prefill(PROMPT, chunk_size))]
     rows += [as_tensor(sequence.decode()) for _ in range(NUM_NEW - 1)]

@@ -22,7 +22,9 @@ BASE = {
     "torch_dtype": "bfloat16",
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-SCALING = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_len=8192)
+SCALING = RopeScaling(
+    kind="wavelength", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_len=8192
+)
 
 
 @pytest.mark.pure
