@@ -155,7 +155,7 @@ def _parse_rope(read: _Reader) -> tuple[float, RopeScaling | None]:
             return theta, RopeScaling(kind="linear", factor=rope.number("factor"))
         case "llama3":
             return theta, RopeScaling(
-                kind="llama3",
+                kind="wavelength",
                 factor=rope.number("factor"),
                 low_freq_factor=rope.number("low_freq_factor"),
                 high_freq_factor=rope.number("high_freq_factor"),

@@ -11,7 +11,7 @@ from hornbeam.ops.rope.scaling import RopeScaling
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """[head_dim / 2] float32: radians per position of each pair of dimensions.
 
-    linear divides all by `factor` (Chen et al., 2023); llama3 divides only wavelengths longer than the original
+    linear divides all by `factor` (Chen et al., 2023); wavelength divides only those longer than the original
     context / low_freq_factor, keeps those shorter than / high_freq_factor, and blends in between.
     """
     base = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)

@@ -6,10 +6,10 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """How a model stretches its trained context, as its configuration names it."""
+    """How a model stretches its trained context: all angles, or only those of long wavelengths."""
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "wavelength"]
     factor: float
-    low_freq_factor: float = 1.0  # llama3 only, like the two below
+    low_freq_factor: float = 1.0  # wavelength only, like the two below
     high_freq_factor: float = 4.0
     original_context_len: int = 8192
