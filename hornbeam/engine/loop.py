@@ -1,0 +1,234 @@
+"""The step loop: joins scheduler and executor, and answers the server's commands in between.
+
+While the device runs step k, the loop plans and launches step k+1; then it waits for k, applies its result and sends
+the news. Knows no model, no text and no transport.
+"""
+
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hornbeam.core.errors import BadRequest, ConfigError, FamilyUnavailable, HornbeamError, Overloaded
+from hornbeam.core.plan import StepPlan, StepResult
+from hornbeam.core.request import Finish, Request, RequestOutput
+from hornbeam.engine.envelope import (
+    Abort,
+    AbortAll,
+    Command,
+    Event,
+    Failed,
+    Flush,
+    Info,
+    Pulse,
+    Ready,
+    Reply,
+    Shutdown,
+    StepOutputs,
+    Submit,
+)
+from hornbeam.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+COMMAND_INTERVAL = 0.005  # seconds a command may have to wait for a step, where the device allows it
+IDLE_SECONDS = 1.0  # nothing to do for so long: time to check the books
+PULSE_INTERVAL = 1.0  # seconds of silence while requests run
+
+
+class PendingStep(Protocol):
+    """A step under way."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether it is done, after at most `timeout` seconds where the device allows it."""
+
+    def result(self) -> StepResult:
+        """Block until done; raises what went wrong."""
+
+
+class Executor(Protocol):
+    """Runs steps in the order of their launch."""
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start a step without waiting for it."""
+
+
+class Link(Protocol):
+    """The engine's end of a transport."""
+
+    def receive(self, timeout: float | None) -> Sequence[Command]:
+        """The commands that have come, in order; if none has, wait for one: `timeout` seconds, or (None) for ever."""
+
+    def send(self, event: Event) -> None:
+        """Tell the server, without waiting."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """The parts of an engine."""
+
+    scheduler: Scheduler
+    executor: Executor
+    ready: Ready
+    overlap: bool  # plan and launch a step while the one before it runs
+
+
+def run_engine(build: Callable[[], Built], link: Link) -> bool:
+    """Build an engine and run it until it is told to end. False if it failed; the server has been told why."""
+    try:
+        EngineLoop(build(), link).run()
+    except (ConfigError, FamilyUnavailable) as error:
+        link.send(Failed(message=str(error), is_config=True))
+    except Exception as error:
+        logger.exception("the engine failed")
+        link.send(Failed(message=f"{type(error).__name__}: {error}"))
+    else:
+        return True
+    return False
+
+
+class EngineLoop:
+    """Runs on a thread of its own, which owns scheduler and executor."""
+
+    def __init__(self, built: Built, link: Link) -> None:
+        self._scheduler = built.scheduler
+        self._executor = built.executor
+        self._link = link
+        self._ready = built.ready
+        self._depth = 2 if built.overlap else 1  # steps under way at once
+        self._steps: deque[tuple[int, PendingStep]] = deque()  # (step id, step), oldest first
+        self._flushes: list[int] = []  # ids of the commands
+        self._open = True  # takes requests
+        self._last_sent = time.monotonic()
+
+    def run(self) -> None:
+        """Serve until `Shutdown`."""
+        self._send(self._ready)
+        while self._open or self._scheduler.has_work:
+            if self._scheduler.has_work:
+                self._obey(timeout=0)
+            elif not self._obey(timeout=IDLE_SECONDS):
+                self._check()
+                self._obey(timeout=None)
+            if len(self._steps) < self._depth and self._launch():
+                continue
+            self._collect()
+
+    def _launch(self) -> bool:
+        """Start the next step, if there is anything to run."""
+        plan = self._scheduler.plan()
+        if plan is None:
+            return False
+        logger.debug("%s", plan)
+        step: PendingStep
+        try:
+            step = self._executor.launch(plan)
+        except Exception as error:
+            step = _FailedStep(error)
+        self._steps.append((plan.step_id, step))
+        return True
+
+    def _collect(self) -> None:
+        """Wait for the oldest step, apply its result and tell the news. Returns early if another can be planned."""
+        if not self._steps:
+            return
+        step_id, step = self._steps[0]
+        while not step.wait(COMMAND_INTERVAL):
+            if time.monotonic() - self._last_sent > PULSE_INTERVAL:
+                self._send(Pulse())
+            if self._obey(timeout=0) and len(self._steps) < self._depth:
+                return
+        self._steps.popleft()
+        try:
+            result = step.result()
+        except Exception as error:
+            logger.exception("step %d failed", step_id)
+            result = StepResult(step_id=step_id, token_ids=(), error=f"{type(error).__name__}: {error}")
+        self._scheduler.apply(result)
+        self._publish()
+
+    def _obey(self, timeout: float | None) -> bool:
+        """Execute the commands that have come. Whether any had."""
+        commands = self._link.receive(timeout)
+        for command in commands:
+            self._execute(command)
+        if commands:
+            self._publish()
+        return bool(commands)
+
+    def _execute(self, command: Command) -> None:
+        match command:
+            case Submit():
+                refused = [output for output in map(self._submit, command.requests) if output is not None]
+                if refused:
+                    self._send(StepOutputs(outputs=tuple(refused)))
+            case Abort():
+                self._scheduler.abort(command.rid, keep_tokens=command.keep_tokens)
+            case AbortAll():
+                self._scheduler.abort_all()
+            case Flush():
+                self._flushes.append(command.id)
+            case Info():
+                self._send(Reply(id=command.id, ok=True, payload=dataclasses.asdict(self._scheduler.stats())))
+            case Shutdown():
+                self._open = False
+                if not command.drain:
+                    self._scheduler.abort_all()
+
+    def _submit(self, request: Request) -> RequestOutput | None:
+        """Queue a request; the answer, if it is refused."""
+        try:
+            if not self._open:
+                raise Overloaded("the server is shutting down")
+            self._scheduler.submit(request)
+        except (BadRequest, Overloaded) as error:
+            return _refusal(request, error)
+        return None
+
+    def _publish(self) -> None:
+        outputs = self._scheduler.drain()
+        if outputs:
+            self._send(StepOutputs(outputs=tuple(outputs)))
+        if self._flushes:
+            self._answer_flushes()
+
+    def _answer_flushes(self) -> None:
+        """Results that nobody waits for any more are let come in first: a client may flush as soon as it is served."""
+        scheduler = self._scheduler
+        if scheduler.has_work and not (scheduler.num_running or scheduler.num_waiting):
+            return
+        flushed = scheduler.flush()
+        for command_id in self._flushes:
+            self._send(Reply(id=command_id, ok=flushed))
+        self._flushes.clear()
+
+    def _check(self) -> None:
+        try:
+            self._scheduler.check()
+        except AssertionError:
+            logger.exception("the accounting of the cache is broken; please report this")
+
+    def _send(self, event: Event) -> None:
+        self._link.send(event)
+        self._last_sent = time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class _FailedStep:
+    """A step that could not even be launched. It takes its turn, as results are applied in order."""
+
+    error: Exception
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return True
+
+    def result(self) -> StepResult:
+        raise self.error
+
+
+def _refusal(request: Request, error: HornbeamError) -> RequestOutput:
+    finish = Finish(type="abort", message=str(error), status=error.status)
+    return RequestOutput(rid=request.rid, finish=finish, num_prompt=len(request.prompt_ids))
