@@ -205,13 +205,10 @@ class Scheduler:
         while True:
             step = Step(step_id=self._num_planned)
             self._plan_decode(step)
-            if not step.starved:
-                self._plan_chunks(step)
-            if step.starved or (step.empty and not self._in_flight):
-                relieved = self._relieve()
-                if step.empty and relieved:
-                    continue
-            break
+            self._plan_chunks(step)
+            short = step.starved or (step.empty and not self._in_flight)
+            if not (short and self._relieve() and step.empty):
+                break  # else there is room now: try again
         if step.empty:
             assert self._in_flight or not self._states, "requests are left, and none of them can ever run"
             return None

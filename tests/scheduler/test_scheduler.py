@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
@@ -487,6 +487,41 @@ def test_unseeded_requests_draw_from_the_engines_seed() -> None:
     assert len(set(seeds[0])) == 3
 
 
+limits = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+@limits
+@given(data=st.data())
+def test_random_loads_in_random_small_pools(data: st.DataObject) -> None:
+    """Pools that hold about one request, so that nearly every load is retracted, evicted and computed again."""
+    page_size, granularity = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (4, 1), (4, 8)]))
+    longest = data.draw(st.integers(8, 60))
+    simulation = Simulation(
+        page_size=page_size,
+        granularity=granularity,
+        num_pages=1 + -(-longest // page_size) + data.draw(st.integers(0, 8)),
+        chunk=data.draw(st.integers(1, 40)),
+        slots=data.draw(st.integers(1, 6)),
+        depth=data.draw(st.integers(1, 3)),
+        groups=data.draw(st.integers(1, 2)),
+        radix=data.draw(st.booleans()),
+    )
+    requests = []
+    for index in range(data.draw(st.integers(1, 10))):
+        total = data.draw(st.integers(1, longest))
+        shared = data.draw(st.integers(0, total))
+        num_prompt = data.draw(st.integers(1, total))
+        prompt = (tokens_of(0, shared) + tokens_of(index + 1, total - shared))[:num_prompt]
+        requests.append(
+            make(f"r{index}", prompt, total - num_prompt, seed=index % 3, ignore_eos=data.draw(st.booleans()))
+        )
+    simulation.submit(*requests)
+    simulation.run()
+    check_outputs(simulation, requests)
+
+
 class Programs(RuleBasedStateMachine):
     """Random commands, a tiny pool, failing steps now and then: each request ends once, then everything is back."""
 
@@ -578,9 +613,6 @@ class ProgramsWithoutTree(Programs):
         return {"num_pages": 40, "slots": 3, "chunk": 8, "context_len": 60, "page_size": 1, "radix": False, "groups": 2}
 
 
-limits = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
 TestPrograms = Programs.TestCase
 TestPrograms.settings = limits
 TestProgramsWithoutTree = ProgramsWithoutTree.TestCase
