@@ -1,0 +1,143 @@
+"""The scheduler under random loads and random commands, in pools that are too small."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from scheduler.simulation import Simulation, check_outputs, make, reference, tokens_of
+
+from hornbeam.core.errors import BadRequest, Overloaded
+from hornbeam.core.request import Request
+
+pytestmark = pytest.mark.pure
+
+limits = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+@limits
+@given(data=st.data())
+def test_random_loads_in_random_small_pools(data: st.DataObject) -> None:
+    """Pools that hold about one request, so that nearly every load is retracted, evicted and computed again."""
+    page_size, granularity = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (4, 1), (4, 8)]))
+    longest = data.draw(st.integers(8, 60))
+    simulation = Simulation(
+        page_size=page_size,
+        granularity=granularity,
+        num_pages=1 + -(-longest // page_size) + data.draw(st.integers(0, 8)),
+        chunk=data.draw(st.integers(1, 40)),
+        slots=data.draw(st.integers(1, 6)),
+        depth=data.draw(st.integers(1, 3)),
+        groups=data.draw(st.integers(1, 2)),
+        radix=data.draw(st.booleans()),
+    )
+    requests = []
+    for index in range(data.draw(st.integers(1, 10))):
+        total = data.draw(st.integers(1, longest))
+        shared = data.draw(st.integers(0, total))
+        num_prompt = data.draw(st.integers(1, total))
+        prompt = (tokens_of(0, shared) + tokens_of(index + 1, total - shared))[:num_prompt]
+        requests.append(
+            make(f"r{index}", prompt, total - num_prompt, seed=index % 3, ignore_eos=data.draw(st.booleans()))
+        )
+    simulation.submit(*requests)
+    simulation.run()
+    check_outputs(simulation, requests)
+
+
+class Programs(RuleBasedStateMachine):
+    """Random commands, a tiny pool, failing steps now and then: each request ends once, then everything is back."""
+
+    rids = Bundle("rids")
+
+    @staticmethod
+    def simulation_options() -> dict[str, object]:
+        return {"num_pages": 14, "slots": 3, "chunk": 8, "context_len": 60, "queue": 5}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.simulation = Simulation(**self.simulation_options())
+        self.requests: dict[str, Request] = {}
+        self.silent: set[str] = set()
+
+    @rule(
+        target=rids,
+        family=st.integers(0, 2),
+        length=st.integers(1, 50),
+        new=st.one_of(st.none(), st.integers(0, 40)),
+        ignore_eos=st.booleans(),
+    )
+    def submit(self, family: int, length: int, new: int | None, ignore_eos: bool) -> str:
+        rid = f"r{len(self.requests)}"
+        request = make(rid, tokens_of(family, length), new, ignore_eos=ignore_eos, namespace=str(family // 2))
+        try:
+            self.simulation.submit(request)
+            self.requests[rid] = request
+        except (Overloaded, BadRequest):
+            return "refused"
+        return rid
+
+    @rule(rid=rids)
+    def abort(self, rid: str) -> None:
+        self.simulation.scheduler.abort(rid)
+
+    @rule(rid=rids, cut=st.integers(0, 3))
+    def stop(self, rid: str, cut: int) -> None:
+        seen = len(self.simulation.tokens.get(rid, ()))
+        if rid in self.requests and rid not in self.simulation.ends and rid not in self.silent:
+            self.simulation.drain()
+            if rid not in self.simulation.ends:
+                self.silent.add(rid)
+                self.simulation.scheduler.abort(rid, keep_tokens=max(0, seen - cut))
+
+    @rule()
+    def abort_all(self) -> None:
+        self.simulation.scheduler.abort_all()
+
+    @rule()
+    def flush(self) -> None:
+        assert self.simulation.scheduler.flush() != self.simulation.scheduler.has_work
+
+    @rule(number=st.integers(1, 30))
+    def steps(self, number: int) -> None:
+        for _ in range(number):
+            self.simulation.step()
+
+    @rule()
+    def failing_step(self) -> None:
+        self.simulation.step(fail=True)
+
+    @rule()
+    def launch(self) -> None:
+        if len(self.simulation.results) < 3:
+            self.simulation.launch()
+
+    @invariant()
+    def everything_is_accounted_for(self) -> None:
+        self.simulation.scheduler.check()
+
+    def teardown(self) -> None:
+        simulation = self.simulation
+        simulation.run()
+        assert set(simulation.ends) | self.silent == set(self.requests)
+        assert not set(simulation.ends) & self.silent
+        for rid, end in simulation.ends.items():
+            expected, why = reference(self.requests[rid], 60)
+            tokens = tuple(simulation.tokens[rid])
+            if end.finish.type == "abort":
+                assert tokens == expected[: len(tokens)]
+            else:
+                assert (tokens, end.finish.type) == (expected, why)
+
+
+class ProgramsWithoutTree(Programs):
+    @staticmethod
+    def simulation_options() -> dict[str, object]:
+        return {"num_pages": 40, "slots": 3, "chunk": 8, "context_len": 60, "page_size": 1, "radix": False, "groups": 2}
+
+
+TestPrograms = Programs.TestCase
+TestPrograms.settings = limits
+TestProgramsWithoutTree = ProgramsWithoutTree.TestCase
+TestProgramsWithoutTree.settings = limits
