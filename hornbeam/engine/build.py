@@ -1,9 +1,18 @@
 """Makes a real engine of a user's options. Alone in `engine` and `serve` it touches torch, when it is called."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from hornbeam.config.components import EngineOptions
+from hornbeam.config.environment import read_environment
+from hornbeam.config.resolve import resolve_engine
+from hornbeam.core.family import ModelConfig
+from hornbeam.engine.envelope import Ready
 from hornbeam.engine.loop import Built
+from hornbeam.models.index import find_family
+from hornbeam.scheduler.scheduler import Scheduler
+from hornbeam.weights.checkpoint import Checkpoint, open_checkpoint
 
 
 def build_engine(user: Mapping[str, Any]) -> Built:
@@ -13,4 +22,43 @@ def build_engine(user: Mapping[str, Any]) -> Built:
         ConfigError: a flag, the checkpoint or the machine cannot work.
         FamilyUnavailable: the model's family cannot be used.
     """
-    raise NotImplementedError
+    checkpoint = open_checkpoint(Path(user["model_path"]), user.get("load_format", "auto"))
+    family = find_family(checkpoint.hf_config, read_environment().disabled_architectures)
+    config = family.parse(checkpoint.hf_config)
+
+    from hornbeam.executor.build import build_executor
+    from hornbeam.platforms.index import PLATFORMS
+
+    platform = PLATFORMS.choose(None, user.get("device", "auto")).value.create()
+    facts = platform.facts()
+    options = resolve_engine(user, family.name, family.defaults(config, facts.name), config, facts)
+    built = build_executor(family, config, checkpoint, options, platform)
+    scheduler = Scheduler(
+        options.scheduler,
+        options.cache,
+        specs=built.specs,
+        num_pages=built.num_pages,
+        context_len=options.model.context_len,
+        eos_ids=_eos_ids(checkpoint),
+        vocab_size=config.vocab_size,
+    )
+    ready = Ready(
+        context_len=options.model.context_len,
+        vocab_size=config.vocab_size,
+        max_total_tokens=scheduler.stats().max_total_tokens,
+        max_running_requests=options.scheduler.max_running_requests,
+        facts=_facts(options, config, facts.device),
+    )
+    return Built(scheduler=scheduler, executor=built.executor, ready=ready, overlap=options.executor.overlap)
+
+
+def _eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
+    """What the checkpoint itself says ends a text; the tokenizer's own end is known to the server."""
+    ids = checkpoint.generation_config.get("eos_token_id", checkpoint.hf_config.get("eos_token_id"))
+    return frozenset(ids if isinstance(ids, list) else () if ids is None else (ids,))
+
+
+def _facts(options: EngineOptions, config: ModelConfig, device: str) -> dict[str, Any]:
+    """For /server_info: every resolved option by its flag's name, and what the model and the machine are."""
+    resolved = {name: reason.value for name, reason in options.reasons.items()}
+    return {**resolved, "device_name": device, "architectures": [config.architecture]}
