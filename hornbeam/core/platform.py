@@ -13,5 +13,5 @@ class PlatformFacts:
     page_size: int
     chunked_prefill_size: int
     max_running_requests: int
-    memory_fraction: float
+    memory_fraction: float  # of `Platform.free_memory`'s total
     graphs: bool

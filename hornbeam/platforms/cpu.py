@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -50,9 +51,9 @@ class CpuPlatform:
         )
 
     def free_memory(self) -> tuple[int, int]:
-        """See `Platform`."""
-        page = os.sysconf("SC_PAGE_SIZE")
-        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+        """See `Platform`. What other programs hold does not count: the share is taken of what is available."""
+        available = _available_memory()
+        return available, available
 
     def submit(self, work: Callable[[], Callable[[], T]]) -> FuturePending[T]:
         """See `Platform`."""
@@ -65,6 +66,15 @@ class CpuPlatform:
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """There are no graphs on a CPU."""
         raise AssertionError("a CPU has no graphs; facts().graphs says so")
+
+
+def _available_memory() -> int:
+    """Bytes that can be taken without swapping, the kernel's file cache included."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 class CpuEntry:
