@@ -1,0 +1,229 @@
+"""Paged attention in Triton, decode and prefill by one kernel, after FlashAttention-2 (Dao, 2023).
+
+The work is cut into tiles: some consecutive queries of a row, with all query heads that share a key-value head. In
+decode, a tile's keys are split over several programs, so that a few long rows fill the device; a second kernel
+merges the parts by their log-sum-exps. The grid depends on the number of rows, never on lengths, so it can be captured.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Rows
+from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.query import OpQuery
+
+_BLOCK_KEYS = 64
+_PREFILL_BLOCK = 64  # packed queries of a prefill tile: queries times the heads of a group
+_DECODE_BLOCK = 16  # the least that the matrix units take
+_MAX_SPLITS = 32
+_PROGRAMS = 512  # enough to fill a large device
+
+
+# Slots come out of an upload at any offset: specialised on alignment, the kernel would be compiled twice.
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
+def _attend_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    page_tables_ptr,
+    slots_ptr,
+    lens_ptr,
+    tiles_ptr,
+    q_stride,
+    q_head_stride,
+    page_table_stride,
+    scale,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """One tile, one key-value head, one stretch of keys.
+
+    tiles: [num_tiles, 3] int32: the row, the tile's first query token, the row's queries from that one on.
+    out: [T, NUM_HEADS, NUM_SPLITS, HEAD_DIM]; lse: [T, NUM_HEADS, NUM_SPLITS] float32, base 2, if NUM_SPLITS > 1.
+    """
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(tiles_ptr + 3 * tile)
+    first = tl.load(tiles_ptr + 3 * tile + 1)
+    remaining = tl.load(tiles_ptr + 3 * tile + 2)
+    num_queries = tl.minimum(remaining, BLOCK // GROUP)
+    position = tl.load(lens_ptr + row) - remaining  # of the first query
+    end = position + num_queries  # keys that the last query sees
+
+    packed = tl.arange(0, BLOCK)
+    query, head = packed // GROUP, kv_head * GROUP + packed % GROUP
+    valid = query < num_queries
+    token = (first + query).to(tl.int64)
+    dims = tl.arange(0, HEAD_DIM)
+    q = tl.load(
+        q_ptr + token[:, None] * q_stride + head[:, None] * q_head_stride + dims[None, :],
+        mask=valid[:, None],
+        other=0.0,
+    )
+
+    stretch = tl.cdiv(tl.cdiv(end, NUM_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
+    start = split * stretch
+    table = page_tables_ptr + tl.load(slots_ptr + row) * page_table_stride
+    maximum = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    accumulator = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
+    for block in range(start, tl.minimum(start + stretch, end), BLOCK_KEYS):
+        keys = block + tl.arange(0, BLOCK_KEYS)
+        inside = keys < end
+        page = tl.load(table + keys // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+        cell = ((page * PAGE_SIZE + keys % PAGE_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
+        k = tl.load(k_ptr + cell[None, :] + dims[:, None], mask=inside[None, :], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee") * (scale * 1.4426950408889634)  # to base 2
+        seen = keys[None, :] <= (position + query)[:, None]
+        scores = tl.where(seen, scores, -float("inf"))
+        higher = tl.maximum(maximum, tl.max(scores, 1))
+        reference = tl.where(higher == -float("inf"), 0.0, higher)
+        weights = tl.exp2(scores - reference[:, None])
+        decay = tl.exp2(maximum - reference)
+        v = tl.load(v_ptr + cell[:, None] + dims[None, :], mask=inside[:, None], other=0.0)
+        accumulator = accumulator * decay[:, None]
+        accumulator += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        total = total * decay + tl.sum(weights, 1)
+        maximum = higher
+
+    part = (token * NUM_HEADS + head) * NUM_SPLITS + split
+    divisor = tl.where(total == 0, 1.0, total)  # a part that saw no key counts nothing: its lse is -inf
+    out = accumulator / divisor[:, None]
+    tl.store(out_ptr + part[:, None] * HEAD_DIM + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+    if NUM_SPLITS > 1:
+        tl.store(lse_ptr + part, maximum + tl.log2(divisor), mask=valid)
+
+
+@triton.jit
+def _merge_kernel(parts_ptr, lse_ptr, out_ptr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr):
+    """Combine the parts of one token and head, weighted by their shares of the sum of exponentials."""
+    index = tl.program_id(0).to(tl.int64)
+    splits = tl.arange(0, NUM_SPLITS)
+    dims = tl.arange(0, HEAD_DIM)
+    lse = tl.load(lse_ptr + index * NUM_SPLITS + splits)
+    shares = tl.exp2(lse - tl.max(lse, 0))
+    parts = tl.load(parts_ptr + (index * NUM_SPLITS + splits)[:, None] * HEAD_DIM + dims[None, :])
+    out = tl.sum(parts * shares[:, None], 0) / tl.sum(shares, 0)
+    tl.store(out_ptr + index * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty))
+
+
+class TritonAttention:
+    """Everything a step changes is read from the device; there is nothing to plan but the tiles."""
+
+    def __init__(self, shape: AttentionShape, max_rows: int) -> None:
+        self._shape = shape
+        self._max_rows = max_rows
+        self._decode_tiles: dict[int, Tensor] = {}  # by queries per row, for max_rows rows
+        self._captured: dict[tuple[int, int], Attend] = {}
+
+    def plan_decode(self, rows: Rows) -> Attend:
+        """See `Attention`."""
+        num_rows, num_queries = len(rows.query_lens), rows.query_lens[0]
+        assert all(length == num_queries for length in rows.query_lens)
+        if rows.captured and (num_rows, num_queries) in self._captured:
+            return self._captured[num_rows, num_queries]
+        if num_queries not in self._decode_tiles:
+            tiles = _tiles((num_queries,) * self._max_rows, num_queries)
+            self._decode_tiles[num_queries] = self._upload(tiles)
+        programs = num_rows * self._shape.num_kv_heads
+        num_splits = min(_MAX_SPLITS, triton.next_power_of_2(triton.cdiv(_PROGRAMS, programs)))
+        attend = self._attend(rows, self._decode_tiles[num_queries][:num_rows], num_queries, num_splits)
+        if rows.captured:
+            self._captured[num_rows, num_queries] = attend
+        return attend
+
+    def plan_prefill(self, rows: Rows) -> Attend:
+        """See `Attention`."""
+        group = self._shape.num_heads // self._shape.num_kv_heads
+        tile_len = max(_PREFILL_BLOCK, triton.next_power_of_2(group)) // group
+        return self._attend(rows, self._upload(_tiles(rows.query_lens, tile_len)), tile_len, num_splits=1)
+
+    def _upload(self, tiles: list[tuple[int, int, int]]) -> Tensor:
+        return torch.tensor(tiles, dtype=torch.int32).to(self._shape.device, non_blocking=True)
+
+    def _attend(self, rows: Rows, tiles: Tensor, tile_len: int, num_splits: int) -> Attend:
+        shape = self._shape
+        group = shape.num_heads // shape.num_kv_heads
+        block = max(_DECODE_BLOCK, triton.next_power_of_2(tile_len * group))
+        num_stages = 3 if shape.dtype.itemsize == 2 else 1  # keys and values of each stage wait in shared memory
+
+        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+            assert q.stride(2) == 1
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            parts, lse = out, out
+            if num_splits > 1:
+                lse = torch.empty((*q.shape[:2], num_splits), dtype=torch.float32, device=q.device)
+                parts = torch.empty((*lse.shape, shape.head_dim), dtype=torch.float32, device=q.device)
+            _attend_kernel[(len(tiles), shape.num_kv_heads, num_splits)](
+                q,
+                k_pages,
+                v_pages,
+                parts,
+                lse,
+                rows.page_tables,
+                rows.slots,
+                rows.lens,
+                tiles,
+                q.stride(0),
+                q.stride(1),
+                rows.page_tables.stride(0),
+                shape.scale,
+                NUM_HEADS=shape.num_heads,
+                NUM_KV_HEADS=shape.num_kv_heads,
+                HEAD_DIM=shape.head_dim,
+                PAGE_SIZE=shape.page_size,
+                NUM_SPLITS=num_splits,
+                BLOCK=block,
+                BLOCK_KEYS=_BLOCK_KEYS,
+                num_stages=num_stages,
+            )
+            if num_splits > 1:
+                _merge_kernel[(q.shape[0] * shape.num_heads,)](
+                    parts, lse, out, HEAD_DIM=shape.head_dim, NUM_SPLITS=num_splits
+                )
+            return out
+
+        return attend
+
+
+def _tiles(query_lens: Sequence[int], tile_len: int) -> list[tuple[int, int, int]]:
+    """Tiles of at most `tile_len` queries, as the kernel takes them."""
+    row_begins = accumulate(query_lens, initial=0)
+    return [
+        (row, row_begin + start, num_queries - start)
+        for row, (row_begin, num_queries) in enumerate(zip(row_begins, query_lens, strict=False))
+        for start in range(0, num_queries, tile_len)
+    ]
+
+
+class TritonAttentionBackend:
+    """Full attention over head sizes that are powers of two."""
+
+    captures = True
+
+    def supports(self, query: OpQuery) -> str | None:
+        """CUDA devices; head sizes that are powers of two from 16 on."""
+        if query.window or query.soft_cap:
+            return "windows and soft caps are not implemented"
+        if query.head_dim < 16 or query.head_dim & (query.head_dim - 1):
+            return f"head size {query.head_dim} is not a power of two of at least 16"
+        return needs_cuda(query)
+
+    def create(self, shape: AttentionShape, max_rows: int) -> Attention:
+        """See `AttentionBackend`."""
+        return TritonAttention(shape, max_rows)
+
+
+BACKEND = TritonAttentionBackend()

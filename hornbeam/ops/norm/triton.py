@@ -1,0 +1,77 @@
+"""RMS normalisation as one kernel, the addition of the residual included: one program per token."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.query import OpQuery
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    x_stride,
+    eps,
+    ADD: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rounds where the reference does: the sum, and the normalised value before the weight."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < SIZE
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
+    if ADD:
+        residual = tl.load(residual_ptr + row * SIZE + columns, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        tl.store(residual_ptr + row * SIZE + columns, x, mask=inside)
+    wide = x.to(tl.float32)
+    wide *= tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    out = weight.to(tl.float32) * wide.to(x.dtype).to(tl.float32)
+    tl.store(out_ptr + row * SIZE + columns, out.to(x.dtype), mask=inside)
+
+
+class TritonNorm:
+    """See `Norm`."""
+
+    def supports(self, query: OpQuery) -> str | None:
+        """CUDA devices."""
+        return needs_cuda(query)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `Norm`."""
+        return _launch(x, x, weight, eps, add=False)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `Norm`."""
+        return _launch(x, residual, weight, eps, add=True)
+
+
+def _launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, add: bool) -> Tensor:
+    num_tokens, size = x.shape
+    assert x.stride(1) == 1, "features must be adjacent"
+    assert not add or residual.is_contiguous()
+    out = torch.empty((num_tokens, size), dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(size)
+    _rms_norm_kernel[(num_tokens,)](
+        x,
+        residual,
+        weight,
+        out,
+        x.stride(0),
+        eps,
+        ADD=add,
+        SIZE=size,
+        BLOCK=block,
+        num_warps=min(max(block // 512, 1), 16),
+    )
+    return out
+
+
+BACKEND = TritonNorm()

@@ -1,0 +1,92 @@
+"""A paged cache with rows in it, for tests of attention backends."""
+
+from dataclasses import dataclass, replace
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+
+from hornbeam.ops.attention.contract import AttentionShape, Rows
+from hornbeam.ops.attention.reference import ReferenceAttention
+
+PAGE_SIZE = 16
+MAX_PAGES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedCase:
+    """Rows of random lengths over random pages, and queries for them."""
+
+    shape: AttentionShape
+    rows: Rows
+    q: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+
+
+def make_shape(
+    device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int
+) -> AttentionShape:
+    return AttentionShape(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=PAGE_SIZE,
+        max_pages=MAX_PAGES,
+        scale=head_dim**-0.5,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def make_case(
+    shape: AttentionShape, lens: list[int], query_lens: list[int], *, num_padding: int = 0, captured: bool = False
+) -> PagedCase:
+    """Queries are a view of a wider tensor, as a fused projection makes them; slots are in no order.
+
+    Padding rows sit in the last slot, with length 1 on page 0.
+    """
+    device, random = shape.device, Random(0)
+    if device.type == "cpu" and shape.dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cannot multiply matrices in bfloat16")
+    num_slots = len(lens) + 2
+    pages = list(range(1, 1 + sum(-(-length // PAGE_SIZE) for length in lens)))
+    random.shuffle(pages)
+    num_pages = len(pages) + 1
+    tables = torch.zeros((num_slots + 1, shape.max_pages), dtype=torch.int32)
+    slots = random.sample(range(num_slots), len(lens))
+    for slot, length in zip(slots, lens, strict=True):
+        count = -(-length // PAGE_SIZE)
+        tables[slot, :count] = torch.tensor([pages.pop() for _ in range(count)])
+    slots, lens = slots + [num_slots] * num_padding, lens + [1] * num_padding
+    query_lens = query_lens + [1] * num_padding
+    size = (num_pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
+    k_pages, v_pages = (torch.randn(size, device=device).to(shape.dtype) for _ in "kv")
+    wide = torch.randn(sum(query_lens), shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim, device=device)
+    rows = Rows(
+        page_tables=tables.to(device),
+        slots=torch.tensor(slots, device=device),
+        lens=torch.tensor(lens, dtype=torch.int32, device=device),
+        len_bounds=lens,
+        query_lens=query_lens,
+        captured=captured,
+    )
+    q = wide.to(shape.dtype)[:, : shape.num_heads]
+    return PagedCase(shape=shape, rows=rows, q=q, k_pages=k_pages, v_pages=v_pages)
+
+
+def expected_output(case: PagedCase) -> Tensor:
+    """The reference's answer in float64, [T, Hq, D]: no backend computes more exactly."""
+    wide = (tensor.double() for tensor in (case.q, case.k_pages, case.v_pages))
+    attend = ReferenceAttention(case.shape).plan_prefill(replace(case.rows, captured=False))
+    return attend(*wide)
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """What the format of the result, and of the weights of the keys, leaves."""
+    return {
+        torch.float32: {"atol": 2e-6, "rtol": 2e-5},
+        torch.float16: {"atol": 2e-3, "rtol": 2e-3},
+        torch.bfloat16: {"atol": 1.6e-2, "rtol": 1.6e-2},
+    }[dtype]

@@ -1,0 +1,27 @@
+import pytest
+import torch
+from ops.closeness import assert_close
+
+pytest.importorskip("triton")
+
+from hornbeam.ops.norm.reference import ReferenceNorm
+
+
+@pytest.mark.parametrize("size", [64, 576, 4096])
+def test_rms_norm(device, dtype, size):
+    from hornbeam.ops.norm.triton import BACKEND
+
+    x = torch.randn(5, size + 32, device=device).to(dtype)[:, :size]
+    weight = torch.randn(size, device=device).to(dtype)
+    assert_close(BACKEND.rms_norm(x, weight, 1e-5), ReferenceNorm().rms_norm(x, weight, 1e-5))
+
+
+def test_add_rms_norm_adds_in_place(device, dtype):
+    from hornbeam.ops.norm.triton import BACKEND
+
+    x, residual = (torch.randn(3, 576, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(576, device=device).to(dtype)
+    expected_residual = residual.clone()
+    expected = ReferenceNorm().add_rms_norm(x, expected_residual, weight, 1e-5)
+    assert_close(BACKEND.add_rms_norm(x, residual, weight, 1e-5), expected)
+    assert_close(residual, expected_residual)
