@@ -1,8 +1,4 @@
-"""Tiny tokenizers, built here, and the reference files."""
-
-import json
-import os
-from pathlib import Path
+"""Tiny tokenizers, built here."""
 
 import pytest
 import tokenizers
@@ -52,11 +48,3 @@ def byte_fallback() -> Tokenizer:
     )
     backend.add_special_tokens(["<s>", "</s>"])
     return Tokenizer(TokenizerContents(backend=backend))
-
-
-@pytest.fixture(scope="session")
-def smollm2_reference() -> dict:
-    path = Path(os.environ.get("HORNBEAM_REFERENCE", "shared/reference")) / "smollm2_reference.json"
-    if not path.is_file():
-        pytest.skip(f"no reference at {path}")
-    return json.loads(path.read_text())

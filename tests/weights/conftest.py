@@ -1,4 +1,4 @@
-"""GGUF files made by hand, and the real one where the default model has been fetched."""
+"""GGUF files made by hand."""
 
 import struct
 from collections.abc import Callable
@@ -7,10 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from hornbeam.config.environment import read_environment
-from hornbeam.models.index import DEFAULT_CHECKPOINT
-from hornbeam.weights.wheel import cached_path
 
 LLAMA_METADATA = {
     "general.architecture": "llama",
@@ -88,11 +84,3 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-@pytest.fixture(scope="session")
-def smollm2_gguf() -> Path:
-    path = cached_path(DEFAULT_CHECKPOINT, read_environment().cache_dir)
-    if not path.is_file():
-        pytest.skip("the default model has not been fetched")
-    return path

@@ -1,0 +1,79 @@
+"""What users, other processes and other folders can see. To add to a list, add to it here, in the same commit."""
+
+import dataclasses
+import importlib
+
+import pytest
+
+import hornbeam
+from hornbeam.config.environment import VARIABLES
+from hornbeam.config.flags import FLAGS
+
+FLAG_NAMES = """
+    admin_api_key api_key attention_backend chat_template chunked_prefill_size context_length cuda_graph_bs
+    cuda_graph_max_bs device disable_cuda_graph disable_overlap_schedule disable_radix_cache dtype host
+    incremental_streaming_output load_format log_level max_queued_requests max_running_requests max_total_tokens
+    mem_fraction_static model_path page_size port random_seed served_model_name skip_tokenizer_init stream_interval
+"""
+ENVIRONMENT_VARIABLES = "HORNBEAM_CACHE_DIR HORNBEAM_DISABLED_MODEL_ARCHS"
+PUBLIC_NAMES = "Engine __version__"
+
+FIELDS = {
+    "hornbeam.core.plan:StepPlan": """
+        chunks collect decode decode_lens drafts grants idle padded_tokens page_moves starts step_id top_logprobs
+        weight_version
+    """,
+    "hornbeam.core.plan:StepResult": "error logprobs step_id token_ids",
+    "hornbeam.core.plan:Chunk": "embed_spans samples slot start token_ids",
+    "hornbeam.core.plan:SlotStart": "adapter_slot num_cached sampling seed slot",
+    "hornbeam.core.plan:PageGrant": "first group page_ids slot",
+    "hornbeam.core.cache_spec:CacheSpec": """
+        dtype kind layers reuse_granularity row_shapes sharding snapshot tokens_per_row window
+    """,
+    "hornbeam.core.request:Request": """
+        adapter namespace priority prompt_ids return_logprob rid sampling top_logprobs
+    """,
+    "hornbeam.core.request:SamplingParams": """
+        ignore_eos max_new_tokens seed stop_token_ids temperature top_k top_p
+    """,
+}
+TORCH_FIELDS = {
+    "hornbeam.layers.forward:Forward": "adapters caches collect_layers groups input_embeds num_decode",
+    "hornbeam.layers.forward:GroupForward": "decode prefill rows",
+}
+
+
+def fields_of(target: str) -> list[str]:
+    module, _, name = target.partition(":")
+    return sorted(field.name for field in dataclasses.fields(getattr(importlib.import_module(module), name)))
+
+
+@pytest.mark.pure
+def test_flags() -> None:
+    assert sorted(flag.name for flag in FLAGS) == FLAG_NAMES.split()
+
+
+@pytest.mark.pure
+def test_environment_variables() -> None:
+    assert sorted(VARIABLES) == ENVIRONMENT_VARIABLES.split()
+
+
+@pytest.mark.pure
+def test_public_names() -> None:
+    assert sorted(hornbeam.__all__) == PUBLIC_NAMES.split()
+    for name in hornbeam.__all__:
+        assert getattr(hornbeam, name) is not None
+    with pytest.raises(AttributeError):
+        _ = hornbeam.SomethingElse
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("target", FIELDS)
+def test_fields_of_contracts(target: str) -> None:
+    assert fields_of(target) == FIELDS[target].split()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("target", TORCH_FIELDS)
+def test_fields_of_forward(target: str) -> None:
+    assert fields_of(target) == TORCH_FIELDS[target].split()
