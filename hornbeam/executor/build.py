@@ -46,27 +46,18 @@ def build_executor(
         ConfigError: weights that do not fit the model, or no room for a cache.
     """
     config = dataclasses.replace(config, dtype=options.model.dtype)
-    kernels = choose_kernels(_query(config, options, platform), options.executor.attention_backend)
+    specs = family.cache_specs(config)
+    kernels = choose_kernels(_query(config, specs, options, platform), options.executor.attention_backend)
     started = time.perf_counter()
     model = platform.submit(lambda: _value(_load(family, config, checkpoint, options, kernels, platform))).result()
     logger.info("weights are on %s after %.1f s", platform.facts().device, time.perf_counter() - started)
 
-    specs = family.cache_specs(config)
     num_slots, page_size = options.scheduler.max_running_requests, options.cache.page_size
     max_pages = -(-options.model.context_len // page_size)
     sampler = Sampler(num_slots, kernels.sample, platform.device)
     state = SlotState(num_slots, len(specs), max_pages, page_size, sampler, platform.device)
-    shape = AttentionShape(
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        page_size=page_size,
-        max_pages=max_pages,
-        scale=config.head_dim**-0.5,
-        dtype=getattr(torch, config.dtype),
-        device=platform.device,
-    )
-    attention = [[kernels.attention.create(shape, num_slots) for _ in specs] for _ in range(NUM_LANES)]
+    shapes = [_shape(config, spec, page_size, max_pages, platform) for spec in specs]
+    attention = [[kernels.attention.create(shape, num_slots) for shape in shapes] for _ in range(NUM_LANES)]
     runner = Runner(model, config.num_layers, state, attention)
     executor = Executor(runner=runner, platform=platform, state=state, sampler=sampler)
 
@@ -84,7 +75,7 @@ def _value(value: Any) -> Any:
     return lambda: value
 
 
-def _query(config: ModelConfig, options: EngineOptions, platform: Platform) -> OpQuery:
+def _query(config: ModelConfig, specs: tuple[CacheSpec, ...], options: EngineOptions, platform: Platform) -> OpQuery:
     return OpQuery(
         device=platform.device.type,
         dtype=config.dtype,
@@ -92,6 +83,21 @@ def _query(config: ModelConfig, options: EngineOptions, platform: Platform) -> O
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         page_size=options.cache.page_size,
+        window=next((spec.window for spec in specs if spec.window is not None), None),
+    )
+
+
+def _shape(config: ModelConfig, spec: CacheSpec, page_size: int, max_pages: int, platform: Platform) -> AttentionShape:
+    return AttentionShape(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=page_size,
+        max_pages=max_pages,
+        scale=config.head_dim**-0.5,
+        window=spec.window,
+        dtype=getattr(torch, config.dtype),
+        device=platform.device,
     )
 
 

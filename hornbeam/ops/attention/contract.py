@@ -26,6 +26,7 @@ class AttentionShape:
     page_size: int
     max_pages: int  # entries of a page table
     scale: float  # of the dot products
+    window: int | None = None  # a query sees only the last so many tokens, itself included
     dtype: torch.dtype
     device: torch.device
 
