@@ -1,0 +1,241 @@
+"""Paged attention by FlashInfer (Ye et al., 2025), for the modules that are compiled ahead of time.
+
+Decode runs on tensor cores for every group size: it reads the cache once, and so is bound by memory all the same. Each
+batch size has a wrapper in graph mode, captured or not, so that a step gives the same numbers either way. Prefill takes
+FlashAttention-3 on Hopper where its module is there, else FlashAttention-2.
+
+Plans are made on the host from upper bounds of lengths, without waiting for the device. Which pages and how many tokens
+a row has is filled in on the device. A length that falls short of its bound by pages may cross a split of the plan,
+which FlashInfer does not check: drafts will need bounds that are tight to a page.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
+from flashinfer.jit.attention import gen_batch_prefill_module
+from torch import Tensor
+
+from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Rows
+from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.query import OpQuery
+
+_HEAD_DIMS = (64, 128)
+_DTYPES = ("bfloat16", "float16")
+_PREFILL_TILE = 128  # packed queries of FlashAttention-2's largest tile
+_PLAN_BYTES_PER_ROW = 64  # of a decode plan; it takes less than half of it
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
+def _fill_kernel(
+    page_tables_ptr,
+    slots_ptr,
+    lens_ptr,
+    indptr_ptr,
+    indices_ptr,
+    last_page_lens_ptr,
+    page_table_stride,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy a row's page numbers to its place among all rows', and tell how many tokens its last page holds."""
+    row = tl.program_id(0)
+    begin = tl.load(indptr_ptr + row)
+    num_pages = tl.load(indptr_ptr + row + 1) - begin
+    table = page_tables_ptr + tl.load(slots_ptr + row) * page_table_stride
+    for first in range(0, num_pages, BLOCK):
+        entries = first + tl.arange(0, BLOCK)
+        inside = entries < num_pages
+        tl.store(indices_ptr + begin + entries, tl.load(table + entries, mask=inside), mask=inside)
+    tl.store(last_page_lens_ptr + row, tl.load(lens_ptr + row) - (num_pages - 1) * PAGE_SIZE)
+
+
+class PageLists:
+    """The pages of each row, one row after the other, as FlashInfer wants them. Owns the device buffers."""
+
+    def __init__(self, shape: AttentionShape, max_rows: int) -> None:
+        self._shape = shape
+        self.indptr = torch.zeros(max_rows + 1, dtype=torch.int32, device=shape.device)
+        self.indices = torch.zeros(max_rows * shape.max_pages, dtype=torch.int32, device=shape.device)
+        self.last_page_lens = torch.ones(max_rows, dtype=torch.int32, device=shape.device)
+
+    def bounds(self, len_bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Where each row's pages begin [B + 1], and how many tokens its last page holds [B]: on the host."""
+        lens = np.array(len_bounds, dtype=np.int32)
+        num_pages = -(-lens // self._shape.page_size)
+        indptr = np.zeros(len(lens) + 1, dtype=np.int32)
+        num_pages.cumsum(out=indptr[1:])
+        return torch.from_numpy(indptr), torch.from_numpy(lens - (num_pages - 1) * self._shape.page_size)
+
+    def fill(self, rows: Rows) -> None:
+        """Bring the buffers up to date with the device's page tables and lengths; `indptr` is there already."""
+        _fill_kernel[(len(rows.slots),)](
+            rows.page_tables,
+            rows.slots,
+            rows.lens,
+            self.indptr,
+            self.indices,
+            self.last_page_lens,
+            rows.page_tables.stride(0),
+            PAGE_SIZE=self._shape.page_size,
+            BLOCK=128,
+        )
+
+
+class FlashInferAttention:
+    """The wrappers of one lane, their staging memory and the buffers that they read."""
+
+    def __init__(self, shape: AttentionShape, max_rows: int) -> None:
+        self._shape = shape
+        device = shape.device
+        num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._scratch = torch.zeros(_scratch_bytes(shape, max_rows, num_processors), dtype=torch.uint8, device=device)
+        plan_bytes = _PLAN_BYTES_PER_ROW * max(2 * max_rows, 2 * num_processors)
+        self._plan_buffer = torch.empty(plan_bytes, dtype=torch.uint8, device=device)
+        self._decode_pages = PageLists(shape, max_rows)
+        self._prefill_pages = PageLists(shape, max_rows)
+        self._no_indices = torch.empty(0, dtype=torch.int32, device=device)
+        self._decodes: dict[int, tuple[BatchDecodeWithPagedKVCacheWrapper, Attend]] = {}
+        hopper = torch.cuda.get_device_capability(device) == (9, 0)
+        backend = "fa3" if hopper and _is_compiled("fa3", shape.dtype, shape.head_dim) else "fa2"
+        self._prefill = BatchPrefillWithPagedKVCacheWrapper(self._scratch, "NHD", backend=backend)
+
+    def plan_decode(self, rows: Rows) -> Attend:
+        """See `Attention`."""
+        assert max(rows.query_lens) == 1, "several queries per row are a prefill to FlashInfer"
+        num_rows, shape = len(rows.query_lens), self._shape
+        if num_rows not in self._decodes:
+            self._decodes[num_rows] = self._make_decode(num_rows)
+        wrapper, attend = self._decodes[num_rows]
+        indptr, last_page_lens = self._decode_pages.bounds(rows.len_bounds)
+        wrapper.plan(
+            indptr,
+            self._no_indices,  # filled in below
+            last_page_lens,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.page_size,
+            q_data_type=shape.dtype,
+            kv_data_type=shape.dtype,
+            sm_scale=shape.scale,
+            # Only the maximum is taken, and only for other kernels than this one: not worth a loop over all rows.
+            seq_lens=torch.ones(1, dtype=torch.int32),
+        )
+        self._decode_pages.fill(rows)
+        return attend
+
+    def plan_prefill(self, rows: Rows) -> Attend:
+        """See `Attention`. The bounds of prompts are exact."""
+        shape, pages = self._shape, self._prefill_pages
+        num_tokens = np.zeros(len(rows.query_lens) + 1, dtype=np.int32)
+        np.cumsum(rows.query_lens, out=num_tokens[1:])
+        indptr, last_page_lens = pages.bounds(rows.len_bounds)
+        pages.indptr[: len(indptr)].copy_(indptr, non_blocking=True)
+        pages.fill(rows)
+        self._prefill.plan(
+            torch.from_numpy(num_tokens),
+            indptr,
+            pages.indices,
+            last_page_lens,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.page_size,
+            causal=True,
+            q_data_type=shape.dtype,
+            kv_data_type=shape.dtype,
+            sm_scale=shape.scale,
+            seq_lens=torch.tensor(rows.len_bounds, dtype=torch.int32),
+            max_token_per_sequence=max(rows.query_lens),
+        )
+
+        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            result: Tensor = self._prefill.run(q, (k_pages, v_pages), out=out)
+            return result
+
+        return attend
+
+    def _make_decode(self, num_rows: int) -> tuple[BatchDecodeWithPagedKVCacheWrapper, Attend]:
+        pages = self._decode_pages
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(
+            self._scratch,
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=True,
+            paged_kv_indptr_buffer=pages.indptr[: num_rows + 1],
+            paged_kv_indices_buffer=pages.indices,
+            paged_kv_last_page_len_buffer=pages.last_page_lens[:num_rows],
+            backend="fa2",
+        )
+        # Its own buffers of 8 MiB go back: a lane plans one step at a time, so all its wrappers can share a small one.
+        wrapper.reset_workspace_buffer(self._scratch, self._plan_buffer)
+
+        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+            result: Tensor = wrapper.run(q, (k_pages, v_pages))
+            return result
+
+        return wrapper, attend
+
+
+def _scratch_bytes(shape: AttentionShape, max_rows: int, num_processors: int) -> int:
+    """Room for the float32 parts of split rows: FlashInfer splits until two tiles per processor are busy."""
+    group = shape.num_heads // shape.num_kv_heads
+    split_tiles = 2 * num_processors // shape.num_kv_heads
+    decode_tile = next(size for size in (16, 64, _PREFILL_TILE) if group <= size or size == _PREFILL_TILE)
+    decode_tiles = max(split_tiles, max_rows + -(-max_rows * group // decode_tile))
+    packed_queries = max(decode_tiles * decode_tile, split_tiles * _PREFILL_TILE)
+    return shape.num_heads * packed_queries * (shape.head_dim + 1) * 4 + 1024
+
+
+def _is_compiled(backend: str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether FlashInfer's package or the user's own cache holds the module."""
+    no_positions, no_window, no_soft_cap, half_precision_products = 0, False, False, False
+    spec = gen_batch_prefill_module(
+        backend,
+        dtype,
+        dtype,
+        dtype,
+        torch.int32,
+        head_dim,
+        head_dim,
+        no_positions,
+        no_window,
+        no_soft_cap,
+        half_precision_products,
+    )
+    return bool(spec.is_compiled)
+
+
+class FlashInferBackend:
+    """Full attention in half precision over head sizes 64 and 128, without anything to compile at start."""
+
+    captures = True
+
+    def supports(self, query: OpQuery) -> str | None:
+        """CUDA devices, and parameters whose FlashAttention-2 module is compiled."""
+        if reason := needs_cuda(query):
+            return reason
+        if query.window or query.soft_cap:
+            return "windows and soft caps are not implemented"
+        if query.dtype not in _DTYPES:
+            return f"{query.dtype} is not among {', '.join(_DTYPES)}"
+        if query.head_dim not in _HEAD_DIMS:
+            return f"head size {query.head_dim} is not among {', '.join(map(str, _HEAD_DIMS))}"
+        if not _is_compiled("fa2", getattr(torch, query.dtype), query.head_dim):
+            return (
+                f"its module for {query.dtype} and head size {query.head_dim} would have to be compiled at start; "
+                "install flashinfer-jit-cache to have it"
+            )
+        return None
+
+    def create(self, shape: AttentionShape, max_rows: int) -> Attention:
+        """See `AttentionBackend`."""
+        return FlashInferAttention(shape, max_rows)
+
+
+BACKEND = FlashInferBackend()

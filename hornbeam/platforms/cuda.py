@@ -1,0 +1,145 @@
+"""NVIDIA GPUs: one stream in whose order everything happens, from building the model to the last step.
+
+Work is enqueued by the thread that submits it; nothing here waits for the device but `Pending`.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from hornbeam.core.platform import PlatformFacts
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 50e-6  # between two looks at the device: much less than a step, and cheap
+
+
+class EventPending(Generic[T]):
+    """Work whose end an event marks."""
+
+    def __init__(self, event: torch.cuda.Event, finish: Callable[[], T]) -> None:
+        self._event = event
+        self._finish = finish
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """See `Pending`."""
+        if timeout is None:
+            self._event.synchronize()
+            return True
+        deadline = time.monotonic() + timeout
+        while not self._event.query():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    def result(self) -> T:
+        """See `Pending`."""
+        self._event.synchronize()
+        return self._finish()
+
+
+class CudaPlatform:
+    """See `Platform`. The thread that creates it has the platform's stream as its current one from then on.
+
+    Sets torch's numerics for the whole process: float32 products in full precision (no TF32), and sums of split
+    half-precision products in float32, because a rounding in between would depend on how a product was split.
+    """
+
+    def __init__(self) -> None:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._stream = torch.cuda.Stream(self.device)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        torch.cuda.set_stream(self._stream)
+        self._graph_memory: Any = torch.cuda.graph_pool_handle()
+
+    def facts(self) -> PlatformFacts:
+        """See `Platform`."""
+        properties = torch.cuda.get_device_properties(self.device)
+        return PlatformFacts(
+            name="cuda",
+            device=f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
+            dtype=None,
+            page_size=16,
+            chunked_prefill_size=8192,
+            max_running_requests=256,
+            memory_fraction=0.88,
+            graphs=True,
+        )
+
+    def free_memory(self) -> tuple[int, int]:
+        """See `Platform`. What torch's allocator holds on to counts as taken."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return free, total
+
+    def submit(self, work: Callable[[], Callable[[], T]]) -> EventPending[T]:
+        """See `Platform`. What the calling thread has enqueued on another stream so far comes first."""
+        current = torch.cuda.current_stream(self.device)
+        if current != self._stream:
+            self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            try:
+                finish = work()
+            except Exception as error:
+                finish = _raiser(error)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return EventPending(event, finish)
+
+    def upload(self, host: Tensor, lane: int) -> Tensor:
+        """See `Platform`. Torch's allocator of pinned memory keeps a block until the copy from it is done."""
+        return host.pin_memory().to(self.device, non_blocking=True)
+
+    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """See `Platform`. Graphs replay one after the other, so they share memory; the output stays the graph's own.
+
+        `run` first runs as it is, so that what it compiles, loads and allocates once is not part of the graph.
+        """
+        run()
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # torch.cuda.graph() would empty the allocator's caches before each capture, which takes longer than capturing.
+        graph.capture_begin(pool=self._graph_memory, capture_error_mode="thread_local")
+        try:
+            output = run()
+        finally:
+            graph.capture_end()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output
+
+        return replay
+
+
+def _raiser(error: Exception) -> Callable[[], Any]:
+    def finish() -> Any:
+        raise error
+
+    return finish
+
+
+class CudaEntry:
+    """See `PlatformEntry`."""
+
+    def supports(self, query: None) -> str | None:
+        """A driver, and a GPU that computes in bfloat16."""
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            return f"the GPU's compute capability is {capability[0]}.{capability[1]}, and at least 8.0 is needed"
+        return None
+
+    def create(self) -> CudaPlatform:
+        """See `PlatformEntry`."""
+        return CudaPlatform()
+
+
+ENTRY = CudaEntry()
