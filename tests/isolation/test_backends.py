@@ -1,0 +1,70 @@
+"""A broken backend is skipped with its reason, and the reference answers."""
+
+from pathlib import Path
+
+import pytest
+from harness import Sequence, as_tensor, make_engine
+
+from hornbeam.core.errors import ConfigError
+from hornbeam.core.registry import Registry
+from hornbeam.ops.activation.contract import ACTIVATION
+from hornbeam.ops.attention.contract import ATTENTION
+from hornbeam.ops.cache_write.contract import CACHE_WRITE
+from hornbeam.ops.kernels import choose_kernels
+from hornbeam.ops.norm.contract import NORM
+from hornbeam.ops.query import OpQuery
+from hornbeam.ops.rope.contract import ROPE
+from hornbeam.ops.sample.contract import SAMPLE
+
+pytestmark = pytest.mark.cpu
+
+REGISTRIES = (ACTIVATION, ATTENTION, CACHE_WRITE, NORM, ROPE, SAMPLE)
+QUERY = OpQuery(device="cpu", dtype="float32", num_heads=4, num_kv_heads=2, head_dim=8, page_size=16)
+BROKEN = {
+    "raises-on-import": ("raise OSError('no such driver')", "OSError: no such driver"),
+    "is-not-installed": ("import nonexistent_library", "No module named 'nonexistent_library'"),
+    "lacks-its-attribute": ("", "has no attribute 'BACKEND'"),
+    "raises-in-supports": (
+        "class Backend:\n    def supports(self, query):\n        return query.no_such_field\nBACKEND = Backend()",
+        "no_such_field",
+    ),
+    "refuses": (
+        "class Backend:\n    def supports(self, query):\n        return 'needs a newer device'\nBACKEND = Backend()",
+        "needs a newer device",
+    ),
+}
+
+
+@pytest.fixture(params=BROKEN)
+def reason(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Puts a broken backend before all others of every op; the reason that should be told."""
+    source, reason = BROKEN[request.param]
+    module = f"broken_{request.param.replace('-', '_')}"
+    (tmp_path / f"{module}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for registry in REGISTRIES:
+        monkeypatch.setattr(registry, "entries", {"broken": f"{module}:BACKEND", **registry.entries})
+    return reason
+
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.name)
+def test_it_is_skipped_with_its_reason(registry: Registry, reason: str) -> None:
+    choice = registry.choose(QUERY)
+    assert choice.name != "broken"
+    assert choice.skipped[0][0] == "broken"
+    assert reason in choice.skipped[0][1]
+    assert reason in choice.reason
+
+
+def test_the_model_runs_as_before(reason: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = make_engine(tiny_checkpoint).executor
+    monkeypatch.undo()
+    intact = make_engine(tiny_checkpoint).executor
+    rows = [Sequence(executor, slot=0, first_page=1, num_pages=2).prefill([1, 2, 3]) for executor in (broken, intact)]
+    assert as_tensor(rows[0]).equal(as_tensor(rows[1]))
+
+
+def test_asked_for_by_name_it_is_refused_with_its_reason(reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_kernels(QUERY, attention="broken")
+    assert reason in str(caught.value)
