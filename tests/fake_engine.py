@@ -34,7 +34,7 @@ def next_id(token_id: int) -> int:
 
 
 def make_tokenizer() -> Tokenizer:
-    alphabet = [char for char in map(chr, range(33, 127))]
+    alphabet = list(map(chr, range(33, 127)))
     others = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(alphabet))
     vocab = {char: ord(char) for char in alphabet}
     free = (token_id for token_id in range(256) if token_id not in vocab.values())

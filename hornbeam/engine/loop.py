@@ -171,6 +171,7 @@ class EngineLoop:
                 self._scheduler.abort_all()
             case Flush():
                 self._flushes.append(command.id)
+                self._answer_flushes()
             case Info():
                 self._send(Reply(id=command.id, ok=True, payload=dataclasses.asdict(self._scheduler.stats())))
             case Shutdown():
@@ -196,7 +197,7 @@ class EngineLoop:
             self._answer_flushes()
 
     def _answer_flushes(self) -> None:
-        """Results that nobody waits for any more are let come in first: a client may flush as soon as it is served."""
+        """Let results come in first that nobody waits for any more: a client may flush as soon as it is served."""
         scheduler = self._scheduler
         if scheduler.has_work and not (scheduler.num_running or scheduler.num_waiting):
             return

@@ -30,7 +30,7 @@ class ThreadEngine:
     def __init__(self, build: Callable[[], Built]) -> None:
         self._build = build
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._ended = asyncio.Event()
 
     async def start(self, on_event: Callable[[Event], None], on_end: Callable[[str], None]) -> None:
         """See `EngineHandle`."""
@@ -42,10 +42,13 @@ class ThreadEngine:
 
         def run() -> None:
             run_engine(self._build, _QueueLink(self._commands, lambda event: post(lambda: on_event(event))))
-            post(lambda: on_end("the engine has ended"))
+            post(end)
 
-        self._thread = threading.Thread(target=run, name="hornbeam-engine", daemon=True)
-        self._thread.start()
+        def end() -> None:
+            self._ended.set()
+            on_end("the engine has ended")
+
+        threading.Thread(target=run, name="hornbeam-engine", daemon=True).start()
 
     def send(self, command: Command) -> None:
         """See `EngineHandle`."""
@@ -53,8 +56,8 @@ class ThreadEngine:
 
     async def close(self, timeout: float) -> None:
         """See `EngineHandle`. A thread cannot be killed; a stuck one ends with the process."""
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, timeout)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), timeout)
 
 
 class _QueueLink:

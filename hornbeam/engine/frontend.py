@@ -1,0 +1,283 @@
+"""Joins text and engine: checks, tokenizes and submits requests, and routes the engine's news to their streams.
+
+Lives in the server's event loop and is used from there only. Knows no HTTP; the HTTP apps and `hornbeam.Engine` both
+stand on it.
+"""
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from hornbeam.core.errors import BadRequest, ConfigError, EngineDead, HornbeamError, Overloaded
+from hornbeam.core.request import Request, RequestOutput
+from hornbeam.engine.envelope import (
+    Abort,
+    AbortAll,
+    Event,
+    Failed,
+    Flush,
+    Info,
+    Pulse,
+    Ready,
+    Reply,
+    Shutdown,
+    StepOutputs,
+    Submit,
+)
+from hornbeam.engine.stream import GenerationRequest, InFlight, Stream
+from hornbeam.engine.transport import EngineHandle
+from hornbeam.text.session import TextSession
+from hornbeam.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+SILENCE_LIMIT = 30.0  # seconds without a word from a busy engine, after which it counts as stuck
+FLUSH_INTERVAL = 0.05  # seconds between two attempts
+LONG_TEXT = 20_000  # characters; longer prompts are tokenized on a thread, so that nobody else waits
+
+
+class Frontend:
+    """The server's side of one engine."""
+
+    def __init__(self, engine: EngineHandle) -> None:
+        self.tokenizer: Tokenizer | None = None
+        self._engine = engine
+        self._ready: asyncio.Future[Ready] | None = None
+        self._end: ConfigError | EngineDead | None = None  # why the engine does not work any more
+        self._open = False
+        self._closing = False
+        self._in_flight: dict[str, InFlight] = {}  # by key
+        self._rids: set[str] = set()  # of those in flight
+        self._numbers = itertools.count()
+        self._replies: dict[int, asyncio.Future[Reply]] = {}
+        self._last_heard = 0.0
+
+    async def start(self) -> None:
+        """Start the engine, without waiting for it."""
+        self._ready = asyncio.get_running_loop().create_future()
+        await self._engine.start(self._on_event, self._on_end)
+
+    async def open(self, tokenizer: Tokenizer | None) -> Ready:
+        """Serve, from when the engine is ready on. `tokenizer`: None takes and gives ids only.
+
+        Raises:
+            ConfigError: the engine cannot work as configured.
+            EngineDead: it failed otherwise.
+        """
+        assert self._ready is not None, "start() comes first"
+        await asyncio.wait((self._ready,))
+        self.tokenizer = tokenizer
+        self._open = True
+        return self.facts
+
+    async def close(self, *, drain: bool, timeout: float) -> None:
+        """End the engine; `drain` lets it finish what it has, for at most `timeout` seconds."""
+        self._closing = True
+        self._engine.send(Shutdown(drain=drain))
+        await self._engine.close(timeout if self._end is None else 0.0)
+        self._on_end("the server is shutting down")
+
+    @property
+    def facts(self) -> Ready:
+        """What the engine told when it was ready. Raises Overloaded before, EngineDead after its end."""
+        self.check_health()
+        assert self._ready is not None
+        return self._ready.result()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have not ended."""
+        return len(self._in_flight)
+
+    def check_health(self) -> None:
+        """Raises Overloaded while the engine starts or ends, EngineDead if it has ended or, being busy, fell silent."""
+        if self._end is not None:
+            raise type(self._end)(str(self._end))  # a new one: each raise adds to an exception's traceback
+        if self._closing:
+            raise Overloaded("the server is shutting down")
+        if not self._open:
+            raise Overloaded("the server is still starting")
+        if self._in_flight and time.monotonic() - self._last_heard > SILENCE_LIMIT:
+            raise EngineDead(f"the engine has been silent for {SILENCE_LIMIT:.0f} s though it has work")
+
+    async def submit(self, requests: Sequence[GenerationRequest]) -> Stream:
+        """Send requests to the engine, all or none. Whoever gets the stream must close it.
+
+        Raises:
+            BadRequest: one of them can never be served.
+            Overloaded, EngineDead: nothing can be served, now or any more.
+        """
+        facts = self.facts
+        prompts = [await self._prompt_ids(request, facts) for request in requests]
+        rids = [request.rid if request.rid is not None else uuid.uuid4().hex for request in requests]
+        self._refuse_duplicates(rids)
+        stream = Stream(self._abort)
+        if not self._in_flight:
+            self._last_heard = time.monotonic()
+        submitted = []
+        for index, (request, rid, prompt_ids) in enumerate(zip(requests, rids, prompts, strict=True)):
+            session = TextSession(self.tokenizer, request.text_options) if self.tokenizer else None
+            key = f"{rid}#{next(self._numbers)}"
+            entry = InFlight(key=key, rid=rid, index=index, request=request, session=session, stream=stream)
+            stream.requests.append(entry)
+            self._in_flight[key] = entry
+            self._rids.add(rid)
+            submitted.append(self._engine_request(key, prompt_ids, request))
+        self._engine.send(Submit(tuple(submitted)))
+        return stream
+
+    def abort(self, rid: str) -> None:
+        """End the request with this very id, for its reader to see; an unknown one is ignored."""
+        for entry in self._in_flight.values():
+            if entry.rid == rid:
+                self._engine.send(Abort(entry.key))
+
+    def abort_all(self) -> None:
+        """End every request, for its reader to see."""
+        self._engine.send(AbortAll())
+
+    async def flush(self, timeout: float = 0.0) -> bool:
+        """Drop the prefix cache. False if requests still run or wait after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not (await self._ask(Flush(next(self._numbers)))).ok:
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(FLUSH_INTERVAL)
+        return True
+
+    async def info(self) -> dict[str, Any]:
+        """The scheduler's numbers; see `SchedulerStats`."""
+        return (await self._ask(Info(next(self._numbers)))).payload
+
+    # Requests on their way in.
+
+    async def _prompt_ids(self, request: GenerationRequest, facts: Ready) -> tuple[int, ...]:
+        if request.text is None:
+            assert request.token_ids is not None, "a request has a prompt"
+            ids, field = request.token_ids, "input_ids"
+        else:
+            ids, field = await self._encode(request.text, request.add_special_tokens), "text"
+        if not ids:
+            raise BadRequest("the prompt is empty", field)
+        if not 0 <= min(ids) <= max(ids) < facts.vocab_size:
+            raise BadRequest(f"prompt token ids must be at least 0 and below {facts.vocab_size}", field)
+        room = facts.context_len - (request.sampling.max_new_tokens != 0)
+        if len(ids) > room:
+            raise BadRequest(
+                f"the prompt has {len(ids)} tokens; with the context length of {facts.context_len} at most {room} can "
+                "be served (--context-length)",
+                field,
+            )
+        if request.text_options.stop and self.tokenizer is None:
+            raise BadRequest("stop strings need a tokenizer, and this server has none; use stop_token_ids", "stop")
+        return ids
+
+    async def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        if self.tokenizer is None:
+            raise BadRequest("this server has no tokenizer: send input_ids instead of text", "text")
+        if len(text) < LONG_TEXT:
+            return tuple(self.tokenizer.encode(text, add_special_tokens))
+        return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))
+
+    def _refuse_duplicates(self, rids: Sequence[str]) -> None:
+        seen = set(self._rids)
+        for rid in rids:
+            if rid in seen:
+                raise BadRequest(f"a request with id {rid!r} is in flight already; ids must be unique", "rid")
+            seen.add(rid)
+
+    def _engine_request(self, key: str, prompt_ids: tuple[int, ...], request: GenerationRequest) -> Request:
+        sampling = request.sampling
+        if self.tokenizer is not None and not sampling.ignore_eos:
+            # The tokenizer may know an end (of a chat turn) that the model's config, all the engine sees, does not.
+            stop_token_ids = tuple(self.tokenizer.eos_ids.union(sampling.stop_token_ids))
+            sampling = dataclasses.replace(sampling, stop_token_ids=stop_token_ids)
+        return Request(
+            rid=key,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            namespace=request.namespace,
+            return_logprob=request.return_logprob,
+            top_logprobs=request.top_logprobs,
+        )
+
+    def _abort(self, entries: Sequence[InFlight]) -> None:
+        """Their reader has left."""
+        for entry in entries:
+            self._engine.send(Abort(entry.key))
+            self._forget(entry)
+
+    def _forget(self, entry: InFlight) -> None:
+        entry.done = True
+        self._in_flight.pop(entry.key, None)
+        self._rids.discard(entry.rid)
+
+    # News on their way out.
+
+    def _on_event(self, event: Event) -> None:
+        self._last_heard = time.monotonic()
+        match event:
+            case StepOutputs():
+                for output in event.outputs:
+                    self._route(output)
+            case Reply():
+                future = self._replies.pop(event.id, None)
+                if future is not None and not future.done():
+                    future.set_result(event)
+            case Ready():
+                assert self._ready is not None
+                self._ready.set_result(event)
+            case Failed():
+                self._die(ConfigError(event.message) if event.is_config else EngineDead(event.message))
+            case Pulse():
+                pass
+
+    def _route(self, output: RequestOutput) -> None:
+        entry = self._in_flight.get(output.rid)
+        if entry is None:
+            return  # its reader has left, or a stop string has ended it
+        try:
+            keep_tokens = entry.push(output)
+        except Exception as error:  # a fault in making text must not take the other requests with it
+            logger.exception("request %r failed", entry.rid)
+            self._abort([entry])
+            entry.fail(HornbeamError(f"internal error: {type(error).__name__}: {error}"))
+            return
+        if keep_tokens is not None:
+            self._engine.send(Abort(entry.key, keep_tokens=keep_tokens))
+        if entry.done:
+            self._forget(entry)
+
+    def _on_end(self, reason: str) -> None:
+        if not self._closing:
+            logger.error("%s", reason)
+        self._die(EngineDead(reason))
+
+    def _die(self, error: ConfigError | EngineDead) -> None:
+        """Fail everything, once: the first reason is the true one."""
+        if self._end is not None:
+            return
+        self._end = error
+        if self._ready is not None and not self._ready.done():
+            self._ready.cancel()
+        lost = EngineDead(f"the request was lost: {error}")
+        for entry in list(self._in_flight.values()):
+            entry.fail(lost)
+            self._forget(entry)
+        for future in self._replies.values():
+            future.cancel()
+
+    async def _ask(self, command: Flush | Info) -> Reply:
+        self.check_health()
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._replies[command.id] = future
+        self._engine.send(command)
+        await asyncio.wait((future,))
+        if future.cancelled():
+            self.check_health()
+        return future.result()

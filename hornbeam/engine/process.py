@@ -1,0 +1,84 @@
+"""The engine process: `python -m hornbeam.engine.process`, started by `ProcessEngine` with its options on stdin."""
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import zmq
+
+from hornbeam.engine.envelope import Codec, Command, Event
+from hornbeam.engine.logs import set_up_logging
+from hornbeam.engine.loop import Built, run_engine
+from hornbeam.engine.remote import COMMANDS, EVENTS
+
+FAREWELL_SECONDS = 5.0  # for the server to read why the engine failed
+
+
+class SocketLink:
+    """The engine's end of the sockets in `folder`."""
+
+    def __init__(self, folder: str) -> None:
+        self._codec = Codec()
+        self._context = zmq.Context()
+        self._commands = self._context.socket(zmq.PULL)
+        self._events = self._context.socket(zmq.PUSH)
+        for name, socket in ((COMMANDS, self._commands), (EVENTS, self._events)):
+            socket.set_hwm(0)
+            socket.connect(f"ipc://{folder}/{name}")
+
+    def receive(self, timeout: float | None) -> Sequence[Command]:
+        """See `Link`."""
+        if timeout != 0 and not self._commands.poll(None if timeout is None else int(timeout * 1000)):
+            return ()
+        received = []
+        with contextlib.suppress(zmq.Again):
+            while True:
+                received.append(self._codec.decode_command(self._commands.recv(zmq.NOBLOCK)))
+        return received
+
+    def send(self, event: Event) -> None:
+        """See `Link`."""
+        self._events.send(self._codec.encode(event))
+
+    def close(self, timeout: float) -> None:
+        """Wait until what was sent has left."""
+        self._context.destroy(linger=int(timeout * 1000))
+
+
+def main() -> None:
+    """Run an engine until it is told to end, it fails, or the server is gone."""
+    options: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
+    set_up_logging(options["log_level"], "engine")
+    gone = threading.Event()
+    threading.Thread(target=_watch_server, args=(gone,), name="hornbeam-watch", daemon=True).start()
+    link = SocketLink(options["folder"])
+    succeeded = run_engine(lambda: _load(options["build"])(options["user"]), link)
+    if not succeeded:
+        gone.wait(FAREWELL_SECONDS)
+    link.close(timeout=1.0)
+    sys.stderr.flush()
+    os._exit(
+        0 if succeeded else 1
+    )  # nothing is left to be done; worker threads and device contexts take seconds to end
+
+
+def _watch_server(gone: threading.Event) -> None:
+    """End at once when the server closes its end of stdin, or dies: no orphan keeps a device."""
+    sys.stdin.buffer.read()
+    gone.set()
+    os._exit(1)
+
+
+def _load(path: str) -> Callable[[Mapping[str, Any]], Built]:
+    module, _, attribute = path.partition(":")
+    function: Callable[[Mapping[str, Any]], Built] = getattr(importlib.import_module(module), attribute)
+    return function
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""An engine in a process of its own: commands and events over unix sockets in a private folder.
+
+The child gets its options on stdin, which stays open: at its end the child knows that the server is gone, and ends too.
+The server in turn watches the child's exit.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from hornbeam.engine.envelope import Codec, Command, Event
+
+logger = logging.getLogger(__name__)
+
+COMMANDS, EVENTS = "commands", "events"  # the sockets' names
+KILL_SECONDS = 5.0
+
+
+class ProcessEngine:
+    """See `EngineHandle`.
+
+    Args:
+        build: "module:attribute" of the function that makes the engine of `user`, in the child.
+        user: checked flags, as JSON values. Keys of the API have no business there.
+        log_level: of the child.
+    """
+
+    def __init__(self, build: str, user: Mapping[str, Any], log_level: str = "info") -> None:
+        self._options = {"build": build, "user": dict(user), "log_level": log_level}
+        self._codec = Codec()
+        self._folder = ""
+        self._context: zmq.asyncio.Context | None = None
+        self._commands: zmq.Socket[bytes] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self, on_event: Callable[[Event], None], on_end: Callable[[str], None]) -> None:
+        """See `EngineHandle`."""
+        self._folder = tempfile.mkdtemp(prefix="hornbeam-")  # mode 0700
+        self._context = zmq.asyncio.Context()
+        self._commands = zmq.Context(self._context).socket(zmq.PUSH)
+        events = self._context.socket(zmq.PULL)
+        for name, socket in ((COMMANDS, self._commands), (EVENTS, events)):
+            socket.set(zmq.LINGER, 0)
+            socket.set_hwm(0)
+            socket.bind(f"ipc://{self._folder}/{name}")
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "hornbeam.engine.process"),
+            stdin=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C reaches the server alone, which ends the engine in order
+        )
+        stdin = self._process.stdin
+        assert stdin is not None
+        stdin.write(json.dumps({**self._options, "folder": self._folder}).encode() + b"\n")
+        self._tasks = [
+            asyncio.create_task(self._read(events, on_event, on_end)),
+            asyncio.create_task(self._watch(self._process, on_end)),
+        ]
+
+    def send(self, command: Command) -> None:
+        """See `EngineHandle`."""
+        if self._commands is not None:
+            with contextlib.suppress(zmq.Again):  # nobody at the other end: `on_end` tells what happened
+                self._commands.send(self._codec.encode(command), zmq.NOBLOCK)
+
+    async def close(self, timeout: float) -> None:
+        """See `EngineHandle`. Kills what does not end."""
+        if self._process is not None:
+            await self._end(self._process, timeout)
+        for task in self._tasks:
+            task.cancel()
+        if self._context is not None:
+            self._commands = None
+            self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _end(self, process: asyncio.subprocess.Process, timeout: float) -> None:
+        assert process.stdin is not None
+        try:
+            await asyncio.wait_for(process.wait(), timeout)
+        except TimeoutError:
+            process.stdin.close()  # as if the server were gone
+        try:
+            await asyncio.wait_for(process.wait(), KILL_SECONDS)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    async def _read(
+        self, events: zmq.asyncio.Socket, on_event: Callable[[Event], None], on_end: Callable[[str], None]
+    ) -> None:
+        try:
+            while True:
+                on_event(self._codec.decode_event(await events.recv()))
+        except Exception as error:
+            logger.exception("the engine's events cannot be read")
+            on_end(f"the engine's events cannot be read: {error}")
+
+    async def _watch(self, process: asyncio.subprocess.Process, on_end: Callable[[str], None]) -> None:
+        code = await process.wait()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        on_end(f"the engine process {how}")

@@ -1,0 +1,183 @@
+"""What a client reads: the deltas of the requests that it submitted together, with text, as the engine's news come.
+
+Stop strings are found here, and this is authoritative: ids, logprobs and counts end with the token that completed one.
+Knows no HTTP and no transport.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from hornbeam.core.errors import BadRequest, HornbeamError, Overloaded
+from hornbeam.core.request import Finish, RequestOutput, SamplingParams, TokenLogprobs
+from hornbeam.text.session import TextOptions, TextSession
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One generation as a client asks for it. Either `text` or `token_ids` is the prompt."""
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    add_special_tokens: bool = True  # frame `text` as a bare prompt; a rendered chat is framed already
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    text_options: TextOptions = field(default_factory=TextOptions)
+    rid: str | None = None  # None: one is made
+    namespace: str = ""
+    return_logprob: bool = False
+    top_logprobs: int = 0
+    stream_interval: int | None = (
+        None  # tokens between two deltas, the first comes at once; None: one delta, at the end
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What one request generated since its last delta. The last one carries `finish`."""
+
+    index: int  # of the request among those submitted together
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish: Finish | None
+    num_prompt: int
+    num_cached: int
+    num_generated: int  # in all
+    num_retractions: int
+
+
+class Stream:
+    """The deltas of all requests of one submission, in order of time. Iterate it in the loop that submitted.
+
+    Iteration raises BadRequest, Overloaded, EngineDead or HornbeamError if the engine refused or lost a request.
+
+    Args:
+        abort: called with those requests that still run when the reader leaves.
+    """
+
+    def __init__(self, abort: Callable[[Sequence["InFlight"]], None]) -> None:
+        self.requests: list[InFlight] = []
+        self._abort = abort
+        self._news: asyncio.Queue[Delta | HornbeamError] = asyncio.Queue()
+        self._num_read = 0  # requests whose last delta was read
+
+    @property
+    def rids(self) -> list[str]:
+        """The requests' ids, as their client knows them."""
+        return [request.rid for request in self.requests]
+
+    def put(self, news: Delta | HornbeamError) -> None:
+        """Hand news to the reader."""
+        self._news.put_nowait(news)
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._num_read == len(self.requests):
+            raise StopAsyncIteration
+        news = await self._news.get()
+        if isinstance(news, HornbeamError):
+            self.close()
+            raise news
+        self._num_read += news.finish is not None
+        return news
+
+    async def last(self) -> list[Delta]:
+        """The one delta of each request, in their order, when all were submitted without `stream_interval`."""
+        deltas = [delta async for delta in self]
+        return sorted(deltas, key=lambda delta: delta.index)
+
+    def close(self) -> None:
+        """The reader leaves: abort what still runs. Does nothing the second time, or when all is finished."""
+        self._abort([request for request in self.requests if not request.done])
+
+
+class InFlight:
+    """One request, from submission until its end."""
+
+    def __init__(
+        self, *, key: str, rid: str, index: int, request: GenerationRequest, session: TextSession | None, stream: Stream
+    ) -> None:
+        self.key = key  # the engine's id for it: never used twice, as news of an aborted request may come late
+        self.rid = rid
+        self.done = False
+        self._index = index
+        self._session = session
+        self._stream = stream
+        self._interval = request.stream_interval
+        # Ids become text when they come, if somebody waits for it or it may end the request; else once, at the end.
+        self._feeds = session is not None and (self._interval is not None or bool(request.text_options.stop))
+        self._num_generated = self._num_told = 0
+        # What the next delta will hold:
+        self._text = ""
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+
+    def push(self, output: RequestOutput) -> int | None:
+        """Take news. If a stop string ends the request while the engine still runs it: the tokens to keep."""
+        self._num_generated = output.num_generated
+        self._token_ids += output.token_ids
+        self._logprobs += output.logprobs
+        finish = output.finish
+        if finish is not None and finish.status is not None:
+            self.fail(_error(finish))
+            return None
+        if self._feeds or finish is not None:
+            finish = self._feed(output.token_ids if self._feeds else tuple(self._token_ids), finish)
+        if finish is not None or self._is_due():
+            self._tell(output, finish)
+        self.done = finish is not None
+        return self._num_generated if self.done and output.finish is None else None
+
+    def fail(self, error: HornbeamError) -> None:
+        """The request is lost."""
+        self.done = True
+        self._stream.put(error)
+
+    def _feed(self, token_ids: tuple[int, ...], finish: Finish | None) -> Finish | None:
+        """Turn ids into text; the end of the request, be it the given one or a stop string."""
+        if self._session is None:
+            return finish
+        by_token = finish is not None and finish.type == "stop"
+        delta = self._session.feed(token_ids, finish is not None, ends_with_stop_token=by_token)
+        self._text += delta.text
+        if delta.stopped is None:
+            return finish
+        surplus = self._num_generated - delta.stopped.keep_tokens
+        if surplus:
+            del self._token_ids[-surplus:]
+            del self._logprobs[-surplus:]
+        self._num_generated = delta.stopped.keep_tokens
+        return Finish(type="stop", matched=delta.stopped.matched)
+
+    def _is_due(self) -> bool:
+        if self._interval is None or self._num_generated == self._num_told:
+            return False
+        return self._num_told == 0 or self._num_generated - self._num_told >= self._interval
+
+    def _tell(self, output: RequestOutput, finish: Finish | None) -> None:
+        self._stream.put(
+            Delta(
+                index=self._index,
+                text=self._text,
+                token_ids=tuple(self._token_ids),
+                logprobs=tuple(self._logprobs),
+                finish=finish,
+                num_prompt=output.num_prompt,
+                num_cached=output.num_cached,
+                num_generated=self._num_generated,
+                num_retractions=output.num_retractions,
+            )
+        )
+        self._num_told = self._num_generated
+        self._text = ""
+        self._token_ids.clear()
+        self._logprobs.clear()
+
+
+def _error(finish: Finish) -> HornbeamError:
+    message = finish.message or "the engine ended the request"
+    if finish.status == BadRequest.status:
+        return BadRequest(message)
+    return Overloaded(message) if finish.status == Overloaded.status else HornbeamError(message)

@@ -1,0 +1,201 @@
+"""`hornbeam.Engine`: a model in this process, without HTTP.
+
+The engine runs on a thread, the frontend in an event loop on another, so the calls work inside and outside of the
+caller's own event loop.
+"""
+
+import asyncio
+import threading
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, TypeVar
+
+from hornbeam.config.flags import check_flags
+from hornbeam.config.resolve import resolve_serve
+from hornbeam.engine.build import build_engine
+from hornbeam.engine.loop import Built
+from hornbeam.engine.stream import Stream
+from hornbeam.engine.transport import ThreadEngine
+from hornbeam.models.index import DEFAULT_MODEL_NAME
+from hornbeam.serve.generate import Answers, parse_generate
+from hornbeam.serve.state import Serving, engine_flags, with_model
+
+T = TypeVar("T")
+
+CLOSE_SECONDS = 30.0
+_END = object()  # of a stream
+
+
+class Engine:
+    """Generates text with a model in this process. Safe to share among threads.
+
+    Args:
+        server_args: as the flags of `hornbeam serve`, with underscores: `model_path=...`, `max_total_tokens=...`.
+
+    Raises:
+        ConfigError: a flag, the model or the machine cannot work.
+        FamilyUnavailable: the model's family cannot be used.
+        EngineDead: the engine failed otherwise.
+    """
+
+    def __init__(self, **server_args: Any) -> None:
+        self._open(build_engine, check_flags(server_args))
+
+    def _open(self, build: Callable[[Mapping[str, Any]], Built], user: Mapping[str, Any]) -> None:
+        options = resolve_serve(user, DEFAULT_MODEL_NAME)
+        user = with_model(user)
+        flags = engine_flags(user)
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._loop.run_forever, name="hornbeam-frontend", daemon=True)
+        thread.start()
+        self._serving = Serving(ThreadEngine(lambda: build(flags)), options, user)
+        self._shutdown = weakref.finalize(self, _shut_down, self._serving, self._loop, thread)
+        try:
+            self._call(self._serving.start())
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def generate(
+        self,
+        prompt: str | list[str] | None = None,
+        sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        return_logprob: bool | list[bool] = False,
+        top_logprobs_num: int | list[int] = 0,
+        stream: bool = False,
+        rid: str | list[str] | None = None,
+    ) -> Any:
+        """Generate for one prompt or a batch; arguments and results are those of POST /generate.
+
+        Returns:
+            A dict with "text", "output_ids" and "meta_info"; for a batch a list of them; with `stream` an iterator of
+            such dicts, each with all there is so far (or what is new, with `incremental_streaming_output`).
+
+        Raises:
+            BadRequest: an argument is wrong; `field` names it.
+            Overloaded, EngineDead: it cannot be served, now or any more.
+        """
+        body = _body(prompt, sampling_params, input_ids, return_logprob, top_logprobs_num, stream, rid)
+        return self._iterate(self._chunks(body)) if stream else self._call(self._whole(body))
+
+    async def async_generate(
+        self,
+        prompt: str | list[str] | None = None,
+        sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        return_logprob: bool | list[bool] = False,
+        top_logprobs_num: int | list[int] = 0,
+        stream: bool = False,
+        rid: str | list[str] | None = None,
+    ) -> Any:
+        """`generate` for callers with an event loop. Cancelling ends the generation; a stream is an async iterator."""
+        body = _body(prompt, sampling_params, input_ids, return_logprob, top_logprobs_num, stream, rid)
+        if stream:
+            return self._async_iterate(self._chunks(body))
+        return await asyncio.wrap_future(self._begin(self._whole(body)))
+
+    def flush_cache(self) -> bool:
+        """Drop the prefix cache. False if requests are running."""
+        return self._call(self._serving.frontend.flush())
+
+    def get_server_info(self) -> dict[str, Any]:
+        """Options, facts and the scheduler's numbers, as /server_info has them."""
+        return self._call(self._serving.info())
+
+    def shutdown(self) -> None:
+        """End the engine, aborting what runs. Returns when it has ended; does nothing the second time."""
+        self._shutdown()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    # In the event loop of the frontend.
+
+    async def _submit(self, body: Mapping[str, Any]) -> tuple[Stream, Answers]:
+        options, frontend = self._serving.options, self._serving.frontend
+        call = parse_generate(body, options.stream_interval)
+        stream = await frontend.submit(call.requests)
+        return stream, Answers(call, stream, options.incremental_streaming, frontend.tokenizer)
+
+    async def _whole(self, body: Mapping[str, Any]) -> Any:
+        stream, answers = await self._submit(body)
+        try:
+            return await answers.whole()
+        finally:
+            stream.close()
+
+    async def _chunks(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        stream, answers = await self._submit(body)
+        try:
+            async for chunk in answers.chunks():
+                yield chunk
+        finally:
+            stream.close()
+
+    # Between the caller's thread and that event loop.
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        future = self._begin(work)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C, too, must not leave the work running
+            future.cancel()
+            raise
+
+    def _iterate(self, chunks: AsyncGenerator[T, None]) -> Iterator[T]:
+        try:
+            while (chunk := self._call(_next(chunks))) is not _END:
+                yield chunk
+        finally:
+            self._call(chunks.aclose())
+
+    async def _async_iterate(self, chunks: AsyncGenerator[T, None]) -> AsyncIterator[T]:
+        try:
+            while (chunk := await asyncio.wrap_future(self._begin(_next(chunks)))) is not _END:
+                yield chunk
+        finally:
+            await asyncio.wrap_future(self._begin(chunks.aclose()))
+
+
+async def _next(chunks: AsyncIterator[Any]) -> Any:
+    return await anext(chunks, _END)
+
+
+def _body(
+    prompt: Any,
+    sampling_params: Any,
+    input_ids: Any,
+    return_logprob: Any,
+    top_logprobs_num: Any,
+    stream: bool,
+    rid: Any,
+) -> dict[str, Any]:
+    return {
+        "text": prompt,
+        "input_ids": input_ids,
+        "sampling_params": sampling_params,
+        "return_logprob": return_logprob,
+        "top_logprobs_num": top_logprobs_num,
+        "stream": stream,
+        "rid": rid,
+    }
+
+
+def _shut_down(serving: Serving, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """Runs at `shutdown`, when the Engine is forgotten, or at the interpreter's exit."""
+    closing = serving.frontend.close(drain=False, timeout=CLOSE_SECONDS)
+    asyncio.run_coroutine_threadsafe(closing, loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()

