@@ -1,0 +1,105 @@
+"""FlashInfer's kernels against the reference, as far as their modules are compiled ahead of time."""
+
+import dataclasses
+
+import pytest
+import torch
+from ops.paged import PAGE_SIZE, PagedCase, expected_output, make_case, make_shape, tolerance
+
+from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape
+from hornbeam.ops.query import OpQuery
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+SHAPES = [(32, 8, 128), (9, 3, 64), (4, 4, 128), (16, 1, 64)]
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def shape(request) -> AttentionShape:
+    torch.manual_seed(0)
+    return make_shape(torch.device("cuda"), torch.bfloat16, *request.param)
+
+
+@pytest.fixture
+def backend(shape) -> AttentionBackend:
+    flashinfer = pytest.importorskip("hornbeam.ops.attention.flashinfer")
+    query = OpQuery(
+        device="cuda",
+        dtype="bfloat16",
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        page_size=PAGE_SIZE,
+    )
+    if reason := flashinfer.BACKEND.supports(query):
+        pytest.skip(reason)
+    return flashinfer.BACKEND
+
+
+def check(case: PagedCase, out: torch.Tensor) -> None:
+    torch.testing.assert_close(out.double(), expected_output(case), **tolerance(case.q.dtype))
+
+
+def run(case: PagedCase, attend) -> torch.Tensor:
+    return attend(case.q, case.k_pages, case.v_pages)
+
+
+def test_decode(backend, shape):
+    attention = backend.create(shape, 8)
+    for lens in ([1, 300, 17, 64], [500], [16, 16, 15, 1, 2, 3]):
+        case = make_case(shape, lens, [1] * len(lens), num_padding=1)
+        check(case, run(case, attention.plan_decode(case.rows)))
+
+
+def test_prefill_after_a_cached_prefix(backend, shape):
+    attention = backend.create(shape, 8)
+    for lens, query_lens in (([70, 1, 150, 33], [70, 1, 65, 2]), ([512], [512]), ([512, 20], [3, 20])):
+        case = make_case(shape, lens, query_lens)
+        check(case, run(case, attention.plan_prefill(case.rows)))
+
+
+def test_a_captured_decode_follows_new_plans(backend, shape):
+    """One graph, captured on padding alone; then real rows, longer ones, and padding again."""
+    attention = backend.create(shape, 8)
+    case = make_case(shape, [320, 33, 480, 64], [1] * 4, captured=True)
+    tables, slots, lens = case.rows.page_tables.clone(), case.rows.slots.clone(), case.rows.lens.clone()
+    case.rows.slots.fill_(len(tables) - 1)
+    case.rows.lens.fill_(1)
+    planned = attention.plan_decode(dataclasses.replace(case.rows, len_bounds=[1] * 4))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(case, planned)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        out = run(case, planned)
+        graph.capture_end()
+
+        for shorter in (0, 310):
+            now = (lens - shorter).clamp(min=1)
+            case.rows.slots.copy_(slots)
+            case.rows.lens.copy_(now)
+            bounds = now.tolist()
+            assert attention.plan_decode(dataclasses.replace(case.rows, len_bounds=bounds)) is planned
+            graph.replay()
+            stream.synchronize()
+            check(dataclasses.replace(case, rows=dataclasses.replace(case.rows, len_bounds=bounds)), out)
+            eager = dataclasses.replace(case.rows, len_bounds=bounds, captured=False)
+            assert torch.equal(out, run(case, attention.plan_decode(eager)))
+
+
+def test_two_lanes_do_not_disturb_each_other(backend, shape):
+    lanes = [backend.create(shape, 8) for _ in range(2)]
+    cases = [make_case(shape, lens, [1, 1]) for lens in ([100, 30], [31, 400])]
+    attends = [lane.plan_decode(case.rows) for lane, case in zip(lanes, cases, strict=True)]
+    for case, attend in zip(cases, attends, strict=True):
+        check(case, run(case, attend))
+
+
+def test_what_is_not_compiled_is_refused(backend, shape):
+    query = OpQuery(device="cuda", dtype="float32", num_heads=4, num_kv_heads=4, head_dim=128, page_size=PAGE_SIZE)
+    assert "float32" in backend.supports(query)
+    assert "head size" in backend.supports(dataclasses.replace(query, dtype="bfloat16", head_dim=256))
+    assert "CUDA" in backend.supports(dataclasses.replace(query, device="cpu"))
