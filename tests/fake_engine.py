@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from hornbeam.config.components import CacheOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
+from hornbeam.core.errors import ConfigError
 from hornbeam.core.plan import StepPlan, StepResult
 from hornbeam.core.request import TokenLogprobs
 from hornbeam.engine.envelope import Ready
@@ -134,3 +135,7 @@ def build(user: Mapping[str, Any]) -> Built:
         ready=ready,
         overlap=not user.get("disable_overlap_schedule", False),
     )
+
+
+def refuse(user: Mapping[str, Any]) -> Built:
+    raise ConfigError("--page-size is no good")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from hornbeam.config.flags import check_flags
 from hornbeam.config.resolve import resolve_serve
+from hornbeam.core.errors import EngineDead
 from hornbeam.engine.build import build_engine
 from hornbeam.engine.loop import Built
 from hornbeam.engine.stream import Stream
@@ -143,6 +144,9 @@ class Engine:
     # Between the caller's thread and that event loop.
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        if self._loop.is_closed():
+            work.close()
+            raise EngineDead("this Engine was shut down")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
