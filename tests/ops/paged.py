@@ -48,8 +48,8 @@ def make_case(
     Padding rows sit in the last slot, with length 1 on page 0.
     """
     device, random = shape.device, Random(0)
-    if device.type == "cpu" and shape.dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter cannot multiply matrices in bfloat16")
+    if device.type == "cpu" and shape.dtype != torch.float32:
+        pytest.skip("in Triton's slow interpreter float32 says enough, and it cannot multiply bfloat16 matrices")
     num_slots = len(lens) + 2
     pages = list(range(1, 1 + sum(-(-length // PAGE_SIZE) for length in lens)))
     random.shuffle(pages)

@@ -9,7 +9,11 @@ from ops.paged import PAGE_SIZE, PagedCase, expected_output, make_case, make_sha
 from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape
 from hornbeam.ops.query import OpQuery
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.filterwarnings("default"),  # what other packages warn of on import is their business
+]
 
 SHAPES = [(32, 8, 128), (9, 3, 64), (4, 4, 128), (16, 1, 64)]
 
