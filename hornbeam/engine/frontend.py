@@ -76,10 +76,13 @@ class Frontend:
         return self.facts
 
     async def close(self, *, drain: bool, timeout: float) -> None:
-        """End the engine; `drain` lets it finish what it has, for at most `timeout` seconds."""
+        """End the engine; `drain` lets it finish what it has, for at most `timeout` seconds.
+
+        One that is not ready yet, or has failed, is not waited for.
+        """
         self._closing = True
         self._engine.send(Shutdown(drain=drain))
-        await self._engine.close(timeout if self._end is None else 0.0)
+        await self._engine.close(timeout if self._open and self._end is None else 0.0)
         self._on_end("the server is shutting down")
 
     @property
@@ -117,18 +120,20 @@ class Frontend:
         rids = [request.rid if request.rid is not None else uuid.uuid4().hex for request in requests]
         self._refuse_duplicates(rids)
         stream = Stream(self._abort)
-        if not self._in_flight:
-            self._last_heard = time.monotonic()
         submitted = []
         for index, (request, rid, prompt_ids) in enumerate(zip(requests, rids, prompts, strict=True)):
             session = TextSession(self.tokenizer, request.text_options) if self.tokenizer else None
             key = f"{rid}#{next(self._numbers)}"
-            entry = InFlight(key=key, rid=rid, index=index, request=request, session=session, stream=stream)
-            stream.requests.append(entry)
-            self._in_flight[key] = entry
-            self._rids.add(rid)
+            stream.requests.append(
+                InFlight(key=key, rid=rid, index=index, request=request, session=session, stream=stream)
+            )
             submitted.append(self._engine_request(key, prompt_ids, request))
         self._engine.send(Submit(tuple(submitted)))
+        if not self._in_flight:
+            self._last_heard = time.monotonic()
+        for entry in stream.requests:
+            self._in_flight[entry.key] = entry
+            self._rids.add(entry.rid)
         return stream
 
     def abort(self, rid: str) -> None:

@@ -13,7 +13,7 @@ from hornbeam.serve.answers import EventStream, json_response, read_json, respon
 from hornbeam.serve.app import Route
 from hornbeam.serve.fields import ABORT
 from hornbeam.serve.generate import WEIGHT_VERSION, Answers, parse_generate
-from hornbeam.serve.state import Serving
+from hornbeam.serve.serving import Serving
 
 PROBE_SECONDS = 20.0
 MAX_FLUSH_SECONDS = 3600.0

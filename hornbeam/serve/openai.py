@@ -15,7 +15,7 @@ from hornbeam.serve.answers import EventStream, error_body, json_response, read_
 from hornbeam.serve.app import Route
 from hornbeam.serve.fields import CHAT, STREAM_OPTIONS
 from hornbeam.serve.generate import WEIGHT_VERSION, as_strings, check_top_logprobs
-from hornbeam.serve.state import Serving
+from hornbeam.serve.serving import Serving
 from hornbeam.text.session import TextOptions
 from hornbeam.text.tokenizer import Tokenizer
 

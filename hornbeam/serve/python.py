@@ -21,7 +21,7 @@ from hornbeam.engine.stream import Stream
 from hornbeam.engine.transport import ThreadEngine
 from hornbeam.models.index import DEFAULT_MODEL_NAME
 from hornbeam.serve.generate import Answers, parse_generate
-from hornbeam.serve.state import Serving, engine_flags, with_model
+from hornbeam.serve.serving import Serving, engine_flags, with_model
 
 T = TypeVar("T")
 
@@ -37,7 +37,6 @@ class Engine:
 
     Raises:
         ConfigError: a flag, the model or the machine cannot work.
-        FamilyUnavailable: the model's family cannot be used.
         EngineDead: the engine failed otherwise.
     """
 

@@ -20,7 +20,7 @@ from hornbeam.models.index import DEFAULT_MODEL_NAME
 from hornbeam.serve.app import create_app
 from hornbeam.serve.native import native_routes
 from hornbeam.serve.openai import openai_routes
-from hornbeam.serve.state import Serving, engine_flags, with_model
+from hornbeam.serve.serving import Serving, engine_flags, with_model
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ def run_server(user: Mapping[str, Any], build: str = ENGINE) -> None:
     Raises:
         ConfigError: a flag, the model or the machine cannot work, or the port is taken.
         EngineDead: the engine failed before it was ready.
-        FamilyUnavailable: the model's family cannot be used.
     """
     options = resolve_serve(user, DEFAULT_MODEL_NAME)
     set_up_logging(options.log_level, "server")
@@ -58,6 +57,7 @@ async def _serve(serving: Serving, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app,
         http="httptools",
+        ws="none",
         lifespan="off",
         log_config=None,
         log_level="debug" if debug else "warning",

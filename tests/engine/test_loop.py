@@ -161,7 +161,7 @@ def test_commands_do_not_wait_for_a_long_step(monkeypatch):
     engine.send(envelope.Info(1), envelope.Abort("1"))
     assert engine.event().payload["num_running"] == 1
     assert engine.event().outputs[0].finish == Finish(type="abort", message="Aborted")
-    assert time.monotonic() - started < 0.1
+    assert time.monotonic() - started < 0.4
     assert engine.event() == envelope.Pulse()
     engine.stop()
 

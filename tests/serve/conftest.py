@@ -14,11 +14,11 @@ import uvicorn
 from hornbeam.config.flags import check_flags
 from hornbeam.config.resolve import resolve_serve
 from hornbeam.engine.transport import ThreadEngine
-from hornbeam.serve import state
+from hornbeam.serve import serving
 from hornbeam.serve.app import create_app
 from hornbeam.serve.native import native_routes
 from hornbeam.serve.openai import openai_routes
-from hornbeam.serve.state import Serving, engine_flags
+from hornbeam.serve.serving import Serving, engine_flags
 
 
 class Server:
@@ -68,7 +68,7 @@ class Server:
 def _fake_tokenizer() -> Iterator[None]:
     """The fake model's folder does not exist; its tokenizer is made, not read."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state.Serving, "_load_tokenizer", _make_tokenizer)
+        patch.setattr(serving.Serving, "_load_tokenizer", _make_tokenizer)
         yield
 
 

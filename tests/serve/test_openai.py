@@ -140,3 +140,22 @@ def test_content_type(server):
     response = server.http.post("/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"})
     assert response.status_code == 400
     assert "content-type" in response.json()["message"]
+
+
+def test_a_failure_after_the_first_chunk_reaches_the_official_client(start):
+    server = start(random_seed=5)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        stream = ask(client, "a", max_tokens=150, stream=True, extra_body={"ignore_eos": True})
+        assert next(stream).choices[0].delta.role == "assistant"
+        server.built.executor.fail_launch = True
+        with pytest.raises(openai.APIError, match="no launch today"):
+            list(stream)
+
+
+def test_a_failure_before_the_first_chunk_is_an_http_error(start):
+    server = start()
+    server.built.executor.fail_launch = True
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.InternalServerError, match="no launch today"):
+            ask(client, stream=True)
+        assert ask(client).choices[0].message.content == "def"

