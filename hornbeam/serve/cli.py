@@ -1,6 +1,7 @@
 """The `hornbeam` command. Imports what a command needs when it runs, so that `--help` answers at once."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -13,9 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
-        from hornbeam.bench.cli import main as bench
-
-        return int(bench(arguments[1:]))
+        bench = importlib.import_module("hornbeam.bench.cli")  # by name: it stands on this folder
+        return int(bench.main(arguments[1:]))
     parser = argparse.ArgumentParser(prog="hornbeam", description="Serves large language models.")
     parser.add_argument("--version", action="version", version=f"hornbeam {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

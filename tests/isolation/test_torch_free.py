@@ -1,20 +1,16 @@
 """The server process has no torch: not by importing its folders, and not while it serves."""
 
-import contextlib
 import json
 import os
 import pkgutil
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from live_server import free_port, live_server
 from source_tree import PACKAGE
 
 from hornbeam.models.index import FAMILIES
@@ -31,7 +27,6 @@ for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
 assert not set({heavy!r}) & sys.modules.keys()
 """
-START_SECONDS = 60
 
 
 @pytest.mark.pure
@@ -48,38 +43,6 @@ def test_importing_the_torch_free_folders() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@contextlib.contextmanager
-def server(checkpoint: Path, log: Path) -> Iterator[tuple[int, str]]:
-    """A live `hornbeam serve` whose log also tells every import of its own process: (process id, base URL)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-X", "importtime", "-m", "hornbeam.launch_server", "--model-path", str(checkpoint)]
-    command += ["--port", str(port), "--max-total-tokens", "1024"]
-    with (
-        log.open("w") as file,
-        subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL) as process,
-    ):
-        try:
-            wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
-            yield process.pid, f"http://127.0.0.1:{port}"
-        finally:
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-            process.kill()
-
-
-def wait_until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        time.sleep(0.1)
-    pytest.fail(f"the server did not come up:\n{log.read_text()[-3000:]}")
-
-
 def children(pid: int) -> list[int]:
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
@@ -94,7 +57,10 @@ def maps_torch(pid: int) -> bool:
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="looks into /proc")
 def test_a_live_server_has_no_torch(tiny_checkpoint: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with server(tiny_checkpoint, log) as (pid, url):
+    port = free_port()
+    # -X importtime: the server tells every import of its own process on stderr; the engine process does not inherit it.
+    command = [sys.executable, "-X", "importtime", "-m", "hornbeam.launch_server", "--model-path", str(tiny_checkpoint)]
+    with live_server([*command, "--port", str(port), "--max-total-tokens", "1024"], port, log) as (pid, url):
         message = {"role": "user", "content": "The capital of France"}
         for path, body in (
             ("/generate", {"text": "The capital", "sampling_params": {"max_new_tokens": 4}, "return_logprob": True}),
