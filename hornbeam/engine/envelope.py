@@ -82,24 +82,3 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 Command = Submit | Abort | AbortAll | Flush | Info | Shutdown
 Event = Ready | StepOutputs | Reply | Pulse | Failed
-
-
-class Codec:
-    """Bytes of commands and events. One per thread."""
-
-    def __init__(self) -> None:
-        self._encoder = msgspec.msgpack.Encoder()
-        self._commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
-        self._events: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
-
-    def encode(self, message: Command | Event) -> bytes:
-        """One message as msgpack."""
-        return self._encoder.encode(message)
-
-    def decode_command(self, data: bytes) -> Command:
-        """A command. Raises msgspec.ValidationError for anything else."""
-        return self._commands.decode(data)
-
-    def decode_event(self, data: bytes) -> Event:
-        """An event. Raises msgspec.ValidationError for anything else."""
-        return self._events.decode(data)

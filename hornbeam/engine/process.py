@@ -1,53 +1,18 @@
 """The engine process: `python -m hornbeam.engine.process`, started by `ProcessEngine` with its options on stdin."""
 
-import contextlib
 import importlib
 import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import zmq
-
-from hornbeam.engine.envelope import Codec, Command, Event
 from hornbeam.engine.logs import set_up_logging
 from hornbeam.engine.loop import Built, run_engine
-from hornbeam.engine.remote import COMMANDS, EVENTS
+from hornbeam.engine.remote import SocketLink
 
 FAREWELL_SECONDS = 5.0  # for the server to read why the engine failed
-
-
-class SocketLink:
-    """The engine's end of the sockets in `folder`."""
-
-    def __init__(self, folder: str) -> None:
-        self._codec = Codec()
-        self._context = zmq.Context()
-        self._commands = self._context.socket(zmq.PULL)
-        self._events = self._context.socket(zmq.PUSH)
-        for name, socket in ((COMMANDS, self._commands), (EVENTS, self._events)):
-            socket.set_hwm(0)
-            socket.connect(f"ipc://{folder}/{name}")
-
-    def receive(self, timeout: float | None) -> Sequence[Command]:
-        """See `Link`."""
-        if timeout != 0 and not self._commands.poll(None if timeout is None else int(timeout * 1000)):
-            return ()
-        received = []
-        with contextlib.suppress(zmq.Again):
-            while True:
-                received.append(self._codec.decode_command(self._commands.recv(zmq.NOBLOCK)))
-        return received
-
-    def send(self, event: Event) -> None:
-        """See `Link`."""
-        self._events.send(self._codec.encode(event))
-
-    def close(self, timeout: float) -> None:
-        """Wait until what was sent has left."""
-        self._context.destroy(linger=int(timeout * 1000))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""An engine in a process of its own: commands and events over unix sockets in a private folder.
+"""An engine in a process of its own: both ends of the unix sockets, in a private folder, that join it to the server.
 
 The child gets its options on stdin, which stays open: at its end the child knows that the server is gone, and ends too.
 The server in turn watches the child's exit.
@@ -11,13 +11,14 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 
-from hornbeam.engine.envelope import Codec, Command, Event
+from hornbeam.engine.envelope import Command, Event
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ class ProcessEngine:
 
     def __init__(self, build: str, user: Mapping[str, Any], log_level: str = "info") -> None:
         self._options = {"build": build, "user": dict(user), "log_level": log_level}
-        self._codec = Codec()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode: Callable[[bytes], Event] = msgspec.msgpack.Decoder(Event).decode
         self._folder = ""
         self._context: zmq.asyncio.Context | None = None
         self._commands: zmq.Socket[bytes] | None = None
@@ -70,7 +72,7 @@ class ProcessEngine:
         """See `EngineHandle`."""
         if self._commands is not None:
             with contextlib.suppress(zmq.Again):  # nobody at the other end: `on_end` tells what happened
-                self._commands.send(self._codec.encode(command), zmq.NOBLOCK)
+                self._commands.send(self._encode(command), zmq.NOBLOCK)
 
     async def close(self, timeout: float) -> None:
         """See `EngineHandle`. Kills what does not end."""
@@ -100,7 +102,7 @@ class ProcessEngine:
     ) -> None:
         try:
             while True:
-                on_event(self._codec.decode_event(await events.recv()))
+                on_event(self._decode(await events.recv()))
         except Exception as error:
             logger.exception("the engine's events cannot be read")
             on_end(f"the engine's events cannot be read: {error}")
@@ -109,3 +111,35 @@ class ProcessEngine:
         code = await process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         on_end(f"the engine process {how}")
+
+
+class SocketLink:
+    """The engine's end of the sockets in `folder`, in its process; see `Link`."""
+
+    def __init__(self, folder: str) -> None:
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode: Callable[[bytes], Command] = msgspec.msgpack.Decoder(Command).decode
+        self._context = zmq.Context()
+        self._commands = self._context.socket(zmq.PULL)
+        self._events = self._context.socket(zmq.PUSH)
+        for name, socket in ((COMMANDS, self._commands), (EVENTS, self._events)):
+            socket.set_hwm(0)
+            socket.connect(f"ipc://{folder}/{name}")
+
+    def receive(self, timeout: float | None) -> Sequence[Command]:
+        """See `Link`."""
+        if timeout != 0 and not self._commands.poll(None if timeout is None else int(timeout * 1000)):
+            return ()
+        received = []
+        with contextlib.suppress(zmq.Again):
+            while True:
+                received.append(self._decode(self._commands.recv(zmq.NOBLOCK)))
+        return received
+
+    def send(self, event: Event) -> None:
+        """See `Link`."""
+        self._events.send(self._encode(event))
+
+    def close(self, timeout: float) -> None:
+        """Wait until what was sent has left."""
+        self._context.destroy(linger=int(timeout * 1000))

@@ -9,6 +9,8 @@ from hornbeam import __version__
 from hornbeam.config.flags import FLAGS, Flag, check_flags
 from hornbeam.core.errors import HornbeamError
 
+ELSEWHERE = {"bench": "hornbeam.bench.cli"}  # commands of folders that stand above this one: by name, when asked for
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""

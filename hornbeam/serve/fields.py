@@ -6,7 +6,7 @@ happens to that.
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ def _is_int(value: Any) -> bool:
 
 BOOLEAN = Kind("a boolean", lambda value: isinstance(value, bool))
 INTEGER = Kind("an integer", _is_int)
+COUNT = Kind("an integer of at least 0", lambda value: _is_int(value) and value >= 0)
 NUMBER = Kind("a number", lambda value: isinstance(value, float) or _is_int(value))
 STRING = Kind("a string", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
@@ -115,6 +116,11 @@ class Api:
         return values
 
 
+def as_strings(value: str | Sequence[str]) -> tuple[str, ...]:
+    """`stop` as the APIs have it: one string, or several."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 @functools.lru_cache(maxsize=256)
 def _log_once(api: str, name: str) -> None:
     logger.warning("field %r of %s has no effect", name[:80], api)
@@ -162,7 +168,7 @@ GENERATE = Api(
             rid=STRING.or_list(),
             stream=BOOLEAN,
             return_logprob=BOOLEAN.or_list(),
-            top_logprobs_num=INTEGER.or_list(),
+            top_logprobs_num=COUNT.or_list(),
             return_text_in_logprobs=BOOLEAN,
             extra_key=STRING.or_list(),
         ),
@@ -214,7 +220,7 @@ CHAT = Api(
             stream=BOOLEAN,
             stream_options=OBJECT,
             logprobs=BOOLEAN,
-            top_logprobs=INTEGER,
+            top_logprobs=COUNT,
             continue_final_message=BOOLEAN,
             chat_template_kwargs=OBJECT,
             rid=STRING,

@@ -4,14 +4,14 @@ Knows no HTTP.
 """
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hornbeam.core.errors import BadRequest
 from hornbeam.core.request import Finish, SamplingParams
 from hornbeam.engine.stream import Delta, GenerationRequest, Stream
-from hornbeam.serve.fields import GENERATE, SAMPLING
+from hornbeam.serve.fields import GENERATE, SAMPLING, as_strings
 from hornbeam.text.session import TextOptions
 from hornbeam.text.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ def parse_generate(body: Any, default_interval: int) -> GenerateCall:
                 **sampling,
                 rid=rid,
                 return_logprob=return_logprob,
-                top_logprobs=check_top_logprobs(num_top, "top_logprobs_num") if return_logprob else 0,
+                top_logprobs=num_top if return_logprob else 0,
                 namespace=namespace,
             )
             for prompt, (sampling, rid, return_logprob, num_top, namespace) in zip(prompts, shared, strict=True)
@@ -112,18 +112,6 @@ def parse_sampling(params: Any, interval: int | None) -> dict[str, Any]:
         ),
         "stream_interval": None if interval is None else fields.get("stream_interval", interval),
     }
-
-
-def as_strings(value: str | Sequence[str]) -> tuple[str, ...]:
-    """`stop` as the APIs have it: one string, or several."""
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def check_top_logprobs(value: int, field: str) -> int:
-    """The number itself. Raises BadRequest if it is negative."""
-    if value < 0:
-        raise BadRequest(f"{field} must be at least 0", field)
-    return value
 
 
 def _samplings(fields: Mapping[str, Any], count: int, interval: int | None) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from hornbeam.core.request import SamplingParams, TokenLogprobs
 from hornbeam.engine.stream import Delta, GenerationRequest
 from hornbeam.serve.answers import EventStream, error_body, json_response, read_json, respond
 from hornbeam.serve.app import Route
-from hornbeam.serve.fields import CHAT, STREAM_OPTIONS
-from hornbeam.serve.generate import WEIGHT_VERSION, as_strings, check_top_logprobs
+from hornbeam.serve.fields import CHAT, STREAM_OPTIONS, as_strings
+from hornbeam.serve.generate import WEIGHT_VERSION
 from hornbeam.serve.serving import Serving
 from hornbeam.text.session import TextOptions
 from hornbeam.text.tokenizer import Tokenizer
@@ -106,7 +106,7 @@ def parse_chat(body: Any, serving: Serving) -> ChatCall:
         raise BadRequest("this server has no tokenizer, so it cannot read messages; send input_ids to /generate")
     stream_options = STREAM_OPTIONS.read(fields.get("stream_options", {}))
     stream, logprobs = fields.get("stream", False), fields.get("logprobs", False)
-    top_logprobs = check_top_logprobs(fields.get("top_logprobs", 0), "top_logprobs")
+    top_logprobs = fields.get("top_logprobs", 0)
     if top_logprobs > MAX_TOP_LOGPROBS or (top_logprobs and not logprobs):
         raise BadRequest(f"top_logprobs must be at most {MAX_TOP_LOGPROBS}, and needs logprobs: true", "top_logprobs")
     prompt = serving.template.render(

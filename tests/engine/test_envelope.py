@@ -35,8 +35,7 @@ OUTPUT = RequestOutput(
     ],
 )
 def test_commands_survive_the_wire(command):
-    codec = envelope.Codec()
-    assert codec.decode_command(codec.encode(command)) == command
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=envelope.Command) == command
 
 
 @pytest.mark.parametrize(
@@ -50,11 +49,9 @@ def test_commands_survive_the_wire(command):
     ],
 )
 def test_events_survive_the_wire(event):
-    codec = envelope.Codec()
-    assert codec.decode_event(codec.encode(event)) == event
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=envelope.Event) == event
 
 
 def test_one_kind_is_not_taken_for_the_other():
-    codec = envelope.Codec()
     with pytest.raises(msgspec.ValidationError):
-        codec.decode_command(codec.encode(envelope.Pulse()))
+        msgspec.msgpack.decode(msgspec.msgpack.encode(envelope.Pulse()), type=envelope.Command)
