@@ -88,7 +88,7 @@ class Frontend:
     @property
     def facts(self) -> Ready:
         """What the engine told when it was ready. Raises Overloaded before, EngineDead after its end."""
-        self.check_health()
+        self.check_open()
         assert self._ready is not None
         return self._ready.result()
 
@@ -97,14 +97,18 @@ class Frontend:
         """Requests that have not ended."""
         return len(self._in_flight)
 
-    def check_health(self) -> None:
-        """Raises Overloaded while the engine starts or ends, EngineDead if it has ended or, being busy, fell silent."""
+    def check_open(self) -> None:
+        """Raises Overloaded while the engine starts or ends, EngineDead (or ConfigError) if it has ended."""
         if self._end is not None:
             raise type(self._end)(str(self._end))  # a new one: each raise adds to an exception's traceback
         if self._closing:
             raise Overloaded("the server is shutting down")
         if not self._open:
             raise Overloaded("the server is still starting")
+
+    def check_health(self) -> None:
+        """As `check_open`; and raises EngineDead if the engine has work, but has fallen silent."""
+        self.check_open()
         if self._in_flight and time.monotonic() - self._last_heard > SILENCE_LIMIT:
             raise EngineDead(f"the engine has been silent for {SILENCE_LIMIT:.0f} s though it has work")
 
@@ -117,6 +121,7 @@ class Frontend:
         """
         facts = self.facts
         prompts = [await self._prompt_ids(request, facts) for request in requests]
+        self.check_open()  # again: tokenizing may have taken its time
         rids = [request.rid if request.rid is not None else uuid.uuid4().hex for request in requests]
         self._refuse_duplicates(rids)
         stream = Stream(self._abort)
@@ -278,11 +283,11 @@ class Frontend:
             future.cancel()
 
     async def _ask(self, command: Flush | Info) -> Reply:
-        self.check_health()
+        self.check_open()
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._replies[command.id] = future
         self._engine.send(command)
         await asyncio.wait((future,))
         if future.cancelled():
-            self.check_health()
+            self.check_open()
         return future.result()

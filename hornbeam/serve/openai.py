@@ -77,7 +77,7 @@ class _OpenAi:
         """Generate the next message of a chat, in one answer or a stream."""
         body = await read_json(request)
         frontend = self._serving.frontend
-        frontend.check_health()  # before the template is asked for
+        frontend.check_open()  # before the template is asked for
         call = parse_chat(body, self._serving)
         stream = await frontend.submit([call.request])
         answer = ChatAnswer(stream.rids[0], call, frontend.tokenizer)

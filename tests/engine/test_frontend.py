@@ -1,0 +1,145 @@
+"""The frontend over a handle that the test plays."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+
+import fake_engine
+import pytest
+
+from hornbeam.core.errors import BadRequest, EngineDead, HornbeamError, Overloaded
+from hornbeam.core.request import RequestOutput, SamplingParams
+from hornbeam.engine import envelope
+from hornbeam.engine.frontend import LONG_TEXT, Frontend
+from hornbeam.engine.stream import GenerationRequest
+from hornbeam.text.session import TextOptions
+
+pytestmark = pytest.mark.pure
+
+READY = envelope.Ready(100_000, fake_engine.VOCAB, 1000, 8, {})
+
+
+class PlayedEngine:
+    def __init__(self) -> None:
+        self.commands: list[envelope.Command] = []
+
+    async def start(self, on_event, on_end) -> None:
+        self.tell, self.end = on_event, on_end
+
+    def send(self, command) -> None:
+        self.commands.append(command)
+
+    async def close(self, timeout) -> None:
+        pass
+
+    def generate(self, text: str, finish=None, num_generated: int | None = None) -> None:
+        """News of the request submitted last."""
+        submit = [command for command in self.commands if isinstance(command, envelope.Submit)][-1]
+        output = RequestOutput(
+            rid=submit.requests[0].rid,
+            token_ids=tuple(map(ord, text)),
+            finish=finish,
+            num_generated=len(text) if num_generated is None else num_generated,
+        )
+        self.tell(envelope.StepOutputs((output,)))
+
+
+def run(test: Callable[[PlayedEngine, Frontend], Coroutine]) -> None:
+    async def main() -> None:
+        engine = PlayedEngine()
+        frontend = Frontend(engine)
+        await frontend.start()
+        engine.tell(READY)
+        await frontend.open(fake_engine.make_tokenizer())
+        await test(engine, frontend)
+
+    asyncio.run(main())
+
+
+def test_stop_string_cuts_the_engines_truth_and_late_news_are_ignored():
+    async def test(engine, frontend):
+        request = GenerationRequest(text="x", text_options=TextOptions(stop=("cd",)), rid="r", stream_interval=1)
+        stream = await frontend.submit([request])
+        key = engine.commands[-1].requests[0].rid
+        engine.generate("ab")
+        engine.generate("cdef", num_generated=6)
+        engine.generate("g", num_generated=7)
+        deltas = [delta async for delta in stream]
+        assert [delta.text for delta in deltas] == ["ab", ""]
+        assert (deltas[-1].token_ids, deltas[-1].num_generated) == ((ord("c"), ord("d")), 4)
+        assert engine.commands[-1] == envelope.Abort(key, keep_tokens=4)
+        again = await frontend.submit([request])
+        assert engine.commands[-1].requests[0].rid != key, "late news of the first must not reach the second"
+        again.close()
+
+    run(test)
+
+
+def test_the_tokenizers_own_end_is_told_to_the_engine():
+    async def test(engine, frontend):
+        await frontend.submit([GenerationRequest(text="x", sampling=SamplingParams(stop_token_ids=(5,)))])
+        assert set(engine.commands[-1].requests[0].sampling.stop_token_ids) == {5, fake_engine.EOS}
+        await frontend.submit([GenerationRequest(text="x", sampling=SamplingParams(ignore_eos=True))])
+        assert engine.commands[-1].requests[0].sampling.stop_token_ids == ()
+
+    run(test)
+
+
+def test_death_fails_those_in_flight_and_those_being_tokenized():
+    async def test(engine, frontend):
+        stream = await frontend.submit([GenerationRequest(text="x")])
+        info = asyncio.create_task(frontend.info())
+        late = asyncio.create_task(frontend.submit([GenerationRequest(text="x" * LONG_TEXT)]))
+        await asyncio.sleep(0)
+        engine.end("the engine process was killed")
+        for waiting in (anext(stream), info, late):
+            with pytest.raises(EngineDead, match="was killed"):
+                await waiting
+        assert frontend.num_in_flight == 0
+
+    run(test)
+
+
+def test_a_fault_in_one_requests_text_fails_it_alone(monkeypatch, caplog):
+    async def test(engine, frontend):
+        good = await frontend.submit([GenerationRequest(text="x", stream_interval=1)])
+        bad = await frontend.submit([GenerationRequest(text="x", stream_interval=1)])
+        monkeypatch.setattr(bad.requests[0]._session, "feed", lambda *args, **kwargs: 1 / 0)
+        engine.generate("a")
+        with pytest.raises(HornbeamError, match="ZeroDivisionError"):
+            await anext(bad)
+        assert isinstance(engine.commands[-1], envelope.Abort)
+        assert frontend.num_in_flight == 1
+        good.close()
+        assert frontend.num_in_flight == 0
+
+    run(test)
+
+
+def test_all_or_none_of_a_batch():
+    async def test(engine, frontend):
+        with pytest.raises(BadRequest):
+            await frontend.submit([GenerationRequest(text="x"), GenerationRequest(token_ids=())])
+        assert engine.commands == []
+        assert frontend.num_in_flight == 0
+
+    run(test)
+
+
+def test_before_it_is_ready_and_while_it_ends():
+    async def main() -> None:
+        engine = PlayedEngine()
+        frontend = Frontend(engine)
+        with pytest.raises(Overloaded, match="still starting"):
+            frontend.check_health()
+        await frontend.start()
+        engine.tell(READY)
+        with pytest.raises(Overloaded, match="still starting"):
+            await frontend.submit([GenerationRequest(text="x")])
+        await frontend.open(None)
+        frontend.check_health()
+        closing = asyncio.create_task(frontend.close(drain=True, timeout=1))
+        await closing
+        with pytest.raises(EngineDead, match="shutting down"):
+            frontend.check_health()
+
+    asyncio.run(main())
