@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from live_server import free_port, live_server
-from source_tree import PACKAGE, where
+from source_tree import PACKAGE, ROOT, where
 
 pytestmark = pytest.mark.cpu
 
@@ -51,3 +51,8 @@ def test_a_request_visits_few_files(calls: dict[str, list[str]]) -> None:
     assert {"serve/openai.py", "scheduler/scheduler.py", "models/llama/model.py"} <= set(visited), "too little was seen"
     assert len(visited) <= MAX_FILES, visited
     assert sum(lengths.values()) <= MAX_LINES, lengths
+
+
+def test_the_walk_is_told(calls: dict[str, list[str]]) -> None:
+    told = (ROOT / "docs/architecture.md").read_text("utf-8")
+    assert not [file for file in calls if f"`{file}`" not in told and not Path(file).match("ops/*/*.py")]
