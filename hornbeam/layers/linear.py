@@ -36,10 +36,11 @@ class Linear(nn.Module):
         rows = sum(parts)
         self.weight = empty_parameter((rows, in_features), context)
         self.bias = empty_parameter((rows,), context) if bias else None
+        self._product = context.kernels.linear
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, in_features] -> [T, sum(parts)]. `fwd` tells which adapters apply."""
-        return F.linear(x, self.weight, self.bias)
+        return self._product.linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):
@@ -62,11 +63,12 @@ class Head(nn.Module):
         self._tied = (tied,)  # in a tuple, so that the shared weight is not registered twice
         if tied is None:
             self.weight = empty_parameter((vocab_size, hidden_size), context)
+        self._product = context.kernels.linear
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[R, H] -> [R, V]."""
         (tied,) = self._tied
-        return F.linear(hidden, self.weight if tied is None else tied.weight)
+        return self._product.linear(hidden, self.weight if tied is None else tied.weight, None)
 
 
 def empty_parameter(shape: tuple[int, ...], context: BuildContext) -> nn.Parameter:

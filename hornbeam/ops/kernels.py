@@ -8,6 +8,7 @@ from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION, Activation
 from hornbeam.ops.attention.contract import ATTENTION, AttentionBackend
 from hornbeam.ops.cache_write.contract import CACHE_WRITE, CacheWrite
+from hornbeam.ops.linear.contract import LINEAR, LinearProduct
 from hornbeam.ops.norm.contract import NORM, Norm
 from hornbeam.ops.query import OpQuery
 from hornbeam.ops.rope.contract import ROPE, Rope
@@ -25,6 +26,7 @@ class Kernels:
     activation: Activation
     attention: AttentionBackend
     cache_write: CacheWrite
+    linear: LinearProduct
     norm: Norm
     rope: Rope
     sample: Sample
@@ -40,6 +42,7 @@ def choose_kernels(query: OpQuery, attention: str = "auto") -> Kernels:
         activation=_choose(ACTIVATION, query),
         attention=_choose(ATTENTION, query, attention),
         cache_write=_choose(CACHE_WRITE, query),
+        linear=_choose(LINEAR, query),
         norm=_choose(NORM, query),
         rope=_choose(ROPE, query),
         sample=_choose(SAMPLE, query),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Rows
 from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.launch import early_launch
 from hornbeam.ops.query import OpQuery
 
 _BLOCK_KEYS = 64
@@ -47,12 +48,16 @@ def _attend_kernel(
     NUM_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One tile, one key-value head, one stretch of keys.
 
     tiles: [num_tiles, 3] int32: the row, the tile's first query token, the row's queries from that one on.
     out: [T, NUM_HEADS, NUM_SPLITS, HEAD_DIM]; lse: [T, NUM_HEADS, NUM_SPLITS] float32, base 2, if NUM_SPLITS > 1.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(tiles_ptr + 3 * tile)
@@ -107,8 +112,11 @@ def _attend_kernel(
 
 
 @triton.jit
-def _merge_kernel(parts_ptr, lse_ptr, out_ptr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr):
+def _merge_kernel(parts_ptr, lse_ptr, out_ptr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, EARLY: tl.constexpr):
     """Combine the parts of one token and head, weighted by their shares of the sum of exponentials."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, NUM_SPLITS)
     dims = tl.arange(0, HEAD_DIM)
@@ -157,6 +165,7 @@ class TritonAttention:
         shape = self._shape
         group = shape.num_heads // shape.num_kv_heads
         block = max(_DECODE_BLOCK, triton.next_power_of_2(tile_len * group))
+        early = early_launch(shape.device)
         num_stages = 3 if shape.dtype.itemsize == 2 else 1  # keys and values of each stage wait in shared memory
 
         def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
@@ -188,10 +197,11 @@ class TritonAttention:
                 BLOCK=block,
                 BLOCK_KEYS=_BLOCK_KEYS,
                 num_stages=num_stages,
+                **early,
             )
             if num_splits > 1:
                 _merge_kernel[(q.shape[0] * shape.num_heads,)](
-                    parts, lse, out, HEAD_DIM=shape.head_dim, NUM_SPLITS=num_splits
+                    parts, lse, out, HEAD_DIM=shape.head_dim, NUM_SPLITS=num_splits, **early
                 )
             return out
 

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.launch import early_launch
 from hornbeam.ops.query import OpQuery
 
 
@@ -22,12 +23,16 @@ def _write_kernel(
     HEAD_DIM: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Copy the SIZE = heads * HEAD_DIM features of one token's key and value."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < SIZE
     heads, dims = columns // HEAD_DIM, columns % HEAD_DIM
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     k = tl.load(k_ptr + token * k_stride + heads * k_head_stride + dims, mask=inside)
     v = tl.load(v_ptr + token * v_stride + heads * v_head_stride + dims, mask=inside)
     target = tl.load(rows_ptr + token) * SIZE + columns
@@ -62,6 +67,7 @@ class TritonCacheWrite:
             HEAD_DIM=head_dim,
             SIZE=size,
             BLOCK=triton.next_power_of_2(size),
+            **early_launch(k.device),
         )
 
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.launch import early_launch
 from hornbeam.ops.query import OpQuery
 
 
@@ -20,11 +21,16 @@ def _rms_norm_kernel(
     ADD: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Rounds where the reference does: the sum, and the normalised value before the weight."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < SIZE
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + row * SIZE + columns, mask=inside, other=0.0)
@@ -32,7 +38,6 @@ def _rms_norm_kernel(
         tl.store(residual_ptr + row * SIZE + columns, x, mask=inside)
     wide = x.to(tl.float32)
     wide *= tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     out = weight.to(tl.float32) * wide.to(x.dtype).to(tl.float32)
     tl.store(out_ptr + row * SIZE + columns, out.to(x.dtype), mask=inside)
 
@@ -70,6 +75,7 @@ def _launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, add: boo
         SIZE=size,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
+        **early_launch(x.device),
     )
     return out
 

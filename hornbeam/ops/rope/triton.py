@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.launch import early_launch
 from hornbeam.ops.query import OpQuery
 
 
@@ -47,8 +48,12 @@ def _rotate_kernel(
     HALF_BLOCK: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     KV_HEADS_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """All heads of one token."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, HALF_BLOCK)[None, :]
     entry = table_ptr + tl.load(positions_ptr + token) * (2 * HALF) + dims
@@ -84,6 +89,7 @@ class TritonRope:
             HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
             HEADS_BLOCK=triton.next_power_of_2(num_heads),
             KV_HEADS_BLOCK=triton.next_power_of_2(num_kv_heads),
+            **early_launch(q.device),
         )
 
 
