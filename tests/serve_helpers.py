@@ -10,7 +10,7 @@ from hornbeam.serve import cli, server
 from hornbeam.serve.server import run_server
 
 
-def eventually(condition: Callable[[], bool], timeout: float = 2.0) -> None:
+def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> None:
     """Wait until the condition holds."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 COMMAND_INTERVAL = 0.005  # seconds a command may have to wait for a step, where the device allows it
 IDLE_SECONDS = 1.0  # nothing to do for so long: time to check the books
+MAX_FAILURES = 3  # steps in a row, after which the device counts as broken
 PULSE_INTERVAL = 1.0  # seconds of silence while requests run
 
 
@@ -102,6 +103,7 @@ class EngineLoop:
         self._steps: deque[tuple[int, PendingStep]] = deque()  # (step id, step), oldest first
         self._flushes: list[int] = []  # ids of the commands
         self._open = True  # takes requests
+        self._num_failures = 0  # steps that failed in a row
         self._last_sent = time.monotonic()
 
     def run(self) -> None:
@@ -144,11 +146,17 @@ class EngineLoop:
         self._steps.popleft()
         try:
             result = step.result()
+            self._num_failures = 0
         except Exception as error:
             logger.exception("step %d failed", step_id)
             result = StepResult(step_id=step_id, token_ids=(), error=f"{type(error).__name__}: {error}")
+            self._num_failures += 1
         self._scheduler.apply(result)
         self._publish()
+        if self._num_failures == MAX_FAILURES:
+            raise RuntimeError(
+                f"{MAX_FAILURES} steps in a row failed, the last with {result.error}; restart the server"
+            )
 
     def _obey(self, timeout: float | None) -> bool:
         """Execute the commands that have come. Whether any had."""

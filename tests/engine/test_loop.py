@@ -107,6 +107,18 @@ def test_a_failing_launch_ends_its_requests_alone(engine):
     assert engine.outputs("next")["next"][0] == "bcd"
 
 
+def test_a_device_that_fails_again_and_again_ends_the_engine(engine):
+    for rid in ("1", "2", "3"):
+        bad = Request(rid=rid, prompt_ids=(fake_engine.FAIL,), sampling=SamplingParams(max_new_tokens=1))
+        engine.send(envelope.Submit((bad,)))
+        assert engine.outputs(rid)[rid][1].finish.status == 500
+    failed = engine.event()
+    assert isinstance(failed, envelope.Failed)
+    assert "3 steps in a row failed" in failed.message
+    engine.thread.join(5)
+    assert not engine.thread.is_alive()
+
+
 def test_refusals_carry_a_status(engine):
     engine.send(envelope.Submit((request("1", "a" * 500), request("2", "a", 1))))
     outputs = engine.outputs("1", "2")

@@ -52,8 +52,11 @@ class Server:
         await starting
         await self.serving.frontend.close(drain=False, timeout=5)
 
+    def state(self) -> dict[str, int]:
+        return self.http.get("/server_info").json()["internal_states"][0]
+
     def num_running(self) -> int:
-        state = self.http.get("/server_info").json()["internal_states"][0]
+        state = self.state()
         return state["num_running"] + state["num_waiting"]
 
     def stop(self) -> None:

@@ -94,8 +94,7 @@ def test_abort_is_exact_and_gives_what_there_is(start):
     threads = [threading.Thread(target=ask, args=(rid,)) for rid in ("req-1", "req-10")]
     for thread in threads:
         thread.start()
-    eventually(lambda: server.num_running() == 2)
-    time.sleep(0.1)
+    eventually(lambda: server.state()["num_running"] == 2 and server.state()["total_generated_tokens"] > 8)
     assert server.http.post("/abort_request", json={"rid": "unknown"}).status_code == 200
     assert server.http.post("/abort_request", json={"rid": "req-1"}).status_code == 200
     threads[0].join(5)
@@ -123,13 +122,15 @@ def test_flush_waits_if_it_is_told_to(start):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_queue_is_refused_with_503(start, stream):
-    server = start(random_seed=30, max_running_requests=1, max_queued_requests=0)
-    thread = threading.Thread(target=lambda: server.http.post("/generate", json=LONG))
-    thread.start()
-    time.sleep(0.1)
+    server = start(random_seed=30, max_running_requests=1, max_queued_requests=1)
+    threads = [threading.Thread(target=lambda: server.http.post("/generate", json=LONG)) for _ in range(2)]
+    for thread, full in zip(threads, ("num_running", "num_waiting"), strict=True):
+        thread.start()
+        eventually(lambda full=full: server.state()[full] == 1)
     response = server.http.post("/generate", json={**LONG, "stream": stream})
     server.http.post("/abort_request", json={"abort_all": True})
-    thread.join(5)
+    for thread in threads:
+        thread.join(5)
     assert response.status_code == 503
     assert response.json()["code"] == 503
 
