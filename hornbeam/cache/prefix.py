@@ -3,43 +3,19 @@
 A node stands for a stretch of tokens and owns one list of pages per cache group. All borders lie at multiples of
 `unit` tokens (the page size, and what the groups demand of a hit): children are found by their first unit, and two
 nodes never share a page. Requests lock the path of the node they use; a node that nobody locks can be evicted, leaves
-first, the least recently used one first. Knows no requests, and of steps only the number of the one that writes a node.
+first. Knows no requests, and of steps only the number of the one that writes a node.
+
+A windowed group reads only the last rows before a token, so its pages may be missing in a node (a tombstone), inside
+the tree too. A hit is valid where every windowed group has the whole window before it. Besides the lock of its path a
+request holds, per windowed group, the nodes of its window: what nobody holds can be evicted from that group alone.
 """
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-from hornbeam.cache.pages import PagePool
-
-WRITTEN = -1  # `step_id` of a node whose rows were complete when it was added
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """The tokens `length - len(key) .. length` of a prefix. Only the tree changes it."""
-
-    parent: "Node | None"
-    key: list[int]
-    pages: list[list[int]]  # [group][page]
-    length: int  # tokens from the root to this node's end
-    step_id: int = WRITTEN  # the step that writes the rows
-    namespace: str = ""
-    children: dict[tuple[int, ...], "Node"] = field(default_factory=dict)  # by their first unit
-    num_locks: int = 0
-    used_at: int = 0
-    queued: bool = False  # has its entry in the eviction queue
-    revoked: bool = False  # out of the tree: its pages go back with its last lock
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Match:
-    """The longest known prefix below a start node."""
-
-    node: Node
-    length: int  # tokens from the root
-    pages: tuple[list[int], ...]  # per group, of the tokens between start node and `length`
+from hornbeam.cache.node import EVICTION_ORDERS, WRITTEN, Holder, Match, Node, nodes_below, path_of
+from hornbeam.cache.pages import PADDING_PAGE, PagePool
 
 
 class PrefixTree:
@@ -49,70 +25,162 @@ class PrefixTree:
         pools: one per cache group; evicted pages go back to them.
         page_size: tokens per page, in every group.
         unit: tokens that a hit must be a multiple of; itself a multiple of `page_size`.
+        windows: of the windowed groups: how many rows a token reads, its own included.
+        policy: a key of `EVICTION_ORDERS`. Windows alone go in the order in which they were last held.
     """
 
-    def __init__(self, pools: Sequence[PagePool], page_size: int, unit: int) -> None:
+    def __init__(
+        self,
+        pools: Sequence[PagePool],
+        page_size: int,
+        unit: int,
+        windows: dict[int, int] | None = None,
+        policy: str = "lru",
+    ) -> None:
         assert unit % page_size == 0, "nodes end at page borders"
         self._pools = tuple(pools)
         self._page_size = page_size
         self._unit = unit
+        self._windows = windows or {}
         self._roots: dict[str, Node] = {}
         self._clock = 0
-        self._queue: list[tuple[int, int, Node]] = []  # evictable leaves: (used_at, tie breaker, node), lazily updated
+        self._order = EVICTION_ORDERS[policy]
+        self._queue: list[tuple[tuple[int, int], int, Node]] = []  # evictable leaves: (key, tie breaker, node); lazy
+        self._idle: dict[int, dict[Node, None]] = {group: {} for group in self._windows}  # held by nobody, oldest first
         self._num_queued = 0
-        self.num_pages = 0  # per group, of all nodes, revoked ones with locks included
-        self.num_evictable = 0  # per group, of the nodes without a lock
+        self._num_dead = 0  # entries of evicted nodes in the queue
+        self._num_pages = [0] * len(self._pools)
+        self._num_evictable = [0] * len(self._pools)
+
+    def num_pages(self, group: int = 0) -> int:
+        """Pages of all nodes, revoked ones with locks included."""
+        return self._num_pages[group]
+
+    def num_evictable(self, group: int = 0) -> int:
+        """Pages of the nodes without a lock; in a windowed group, of those that nobody holds."""
+        return self._num_evictable[group]
 
     def root(self, namespace: str) -> Node:
         """The empty prefix of a namespace. Lock it if it is to be kept."""
         root = self._roots.get(namespace)
         if root is None:
-            root = Node(parent=None, key=[], pages=[[] for _ in self._pools], length=0, namespace=namespace)
+            groups = range(len(self._pools))
+            root = Node(
+                parent=None,
+                key=[],
+                pages=[[] for _ in groups],
+                length=0,
+                holds=[0 for _ in groups],
+                namespace=namespace,
+            )
             self._roots[namespace] = root
         return root
 
     def match(self, start: Node, tokens: list[int], limit: int) -> Match:
         """Follow `tokens` (a whole sequence; `start` is on its path) down from `start`, up to `limit` tokens.
 
-        Splits the node in which the match ends, so that the result's node can be locked.
+        Whoever asks has the windows before `start`. Splits the node in which the match ends, so that the result's
+        node can be locked.
         """
         self._clock += 1
-        node, position, unit = start, start.length, self._unit
-        pages: tuple[list[int], ...] = tuple([] for _ in self._pools)
+        node, position, length, unit = start, start.length, start.length, self._unit
+        known = dict.fromkeys(self._windows, 0)  # per windowed group: from where on it has every row up to `position`
+        path: list[Node] = []
+        num_valid = 0
         while position + unit <= limit:
             child = node.children.get(tuple(tokens[position : position + unit]))
             if child is None:
                 break
+            node = child
             common = self._common_length(child.key, tokens, position, limit)
-            node = child if common == len(child.key) else self._split(child, common)
-            node.used_at = self._clock
             position += common
-            for group, ids in zip(pages, node.pages, strict=True):
-                group.extend(ids)
-            if node is not child:
+            path.append(child)
+            for group in known:
+                if not child.pages[group]:
+                    known[group] = position
+            if all(position - self._windows[group] + 1 >= first for group, first in known.items() if first):
+                num_valid, length = len(path), position
+            if common < len(child.key):
                 break
-        return Match(node=node, length=position, pages=pages)
+        del path[num_valid:]
+        if path and path[-1].length > length:
+            path[-1] = self._split(path[-1], length - path[-1].start)
+        pages: tuple[list[int], ...] = tuple([] for _ in self._pools)
+        for node in path:
+            node.used_at = self._clock
+            for found, ids in zip(pages, node.pages, strict=True):
+                found.extend(ids or [PADDING_PAGE] * (len(node.key) // self._page_size))
+        return Match(node=path[-1] if path else start, length=length, pages=pages)
 
     def extend(
         self, node: Node, tokens: list[int], length: int, pages: Sequence[list[int]], step_id: int = WRITTEN
     ) -> Node:
         """Add `tokens[node.length:length]` below `node` and take over `pages` (per group). Returns the new leaf.
 
-        There must be no such child yet: `node` is where a match of the same tokens ended.
+        There must be no such child yet.
         """
         key = tokens[node.length : length]
         first = tuple(key[: self._unit])
         assert len(first) == self._unit, "nothing to add"
         assert len(key) % self._unit == 0, f"{len(key)} tokens are not whole units of {self._unit}"
         assert first not in node.children, "the tree holds this prefix already"
-        assert all(len(ids) * self._page_size == len(key) for ids in pages), "pages and tokens differ"
         self._clock += 1
-        leaf = Node(parent=node, key=key, pages=list(pages), length=length, step_id=step_id, used_at=self._clock)
+        leaf = Node(
+            parent=node,
+            key=key,
+            pages=list(pages),
+            length=length,
+            holds=[0] * len(self._pools),
+            step_id=step_id,
+            used_at=self._clock,
+        )
         node.children[first] = leaf
-        self.num_pages += len(leaf.pages[0])
-        self.num_evictable += len(leaf.pages[0])
+        for group, ids in enumerate(leaf.pages):
+            assert len(ids) * self._page_size == len(key) or (group in self._windows and not ids), "pages and tokens"
+            self._num_pages[group] += len(ids)
+            self._num_evictable[group] += len(ids)
+            if group in self._idle and ids:
+                self._idle[group][leaf] = None
         self._enqueue(leaf)
         return leaf
+
+    def insert(self, start: Node, tokens: list[int], length: int, pages: Sequence[list[int]]) -> None:
+        """Keep the rows `start.length .. length`, which are complete, and take over their pages.
+
+        Pages that the tree does not need, because it has such rows already, go back to the pools.
+
+        Args:
+            start: locked, or a root.
+            tokens: the whole sequence.
+            length: a multiple of the unit.
+            pages: per group; a windowed one may begin with zeros, for pages that are gone.
+        """
+        # Where a windowed group's pages begin, nodes are cut, so that each node has all or none of them.
+        cuts = sorted({*(self._first_whole(pages[group], start.length) for group in self._windows), length})
+        node, position = start, start.length
+        while position < length:
+            end = next(cut for cut in cuts if cut > position)
+            child = node.children.get(tuple(tokens[position : position + self._unit]))
+            if child is not None:
+                common = self._common_length(child.key, tokens, position, length if child.whole else min(end, length))
+                end = position + common
+                child = child if common == len(child.key) else self._split(child, common)
+            cut = slice((position - start.length) // self._page_size, (end - start.length) // self._page_size)
+            parts = [ids[cut] for ids in pages]
+            if child is None:
+                kept = [ids if ids[0] != PADDING_PAGE else [] for ids in parts]
+                child = self.extend(node, tokens, end, kept)
+                parts = [[] if kept_ids else ids for kept_ids, ids in zip(kept, parts, strict=True)]
+            for group, ids in enumerate(parts):
+                if ids and not child.pages[group] and ids[0] != PADDING_PAGE:
+                    child.pages[group] = ids
+                    self._num_pages[group] += len(ids)
+                    if not child.holds[group]:
+                        self._become_idle(group, child)
+                else:
+                    self._pools[group].free([page for page in ids if page != PADDING_PAGE])
+            node, position = child, end
+        self._settle(node)
 
     def has_child(self, node: Node, tokens: list[int]) -> bool:
         """Whether the tree knows at least one unit more of `tokens` than `node`."""
@@ -124,43 +192,75 @@ class PrefixTree:
         while walk is not above:
             assert walk is not None, "`above` is an ancestor"
             if walk.num_locks == 0:
-                self.num_evictable -= len(walk.pages[0])
+                self._count_evictable(walk, -1)
             walk.num_locks += 1
             walk = walk.parent
 
-    def unlock(self, node: Node) -> None:
-        """Give one lock of `node` and of its ancestors back."""
+    def unlock(self, node: Node, priority: int | None = None) -> None:
+        """Give one lock of `node` and of its ancestors back. `priority`: of the request that has ended with it."""
         self._clock += 1
         walk: Node | None = node
         while walk is not None:
             assert walk.num_locks > 0, "a lock is given back twice"
+            parent = walk.parent
             walk.num_locks -= 1
             walk.used_at = self._clock
+            if priority is not None:
+                walk.num_uses += 1
+                walk.priority = max(walk.priority, priority)
             if walk.num_locks == 0:
                 if walk.revoked:
                     self._free(walk)
                 else:
-                    self.num_evictable += len(walk.pages[0])
-                    self._enqueue(walk)
-            parent = walk.parent
-            if parent is None:
-                self._drop_if_empty(walk)
+                    self._count_evictable(walk, 1)
+                    self._settle(walk)
             walk = parent
 
-    def evict(self, num_pages: int) -> int:
-        """Free at least `num_pages` pages per group, if so many are not locked. Returns how many it freed."""
-        freed = 0
-        while freed < num_pages and self._queue:
-            used_at, _, node = heapq.heappop(self._queue)
-            node.queued = False
-            if node.num_locks or node.children or node.revoked:
-                continue  # comes back when it is an unlocked leaf again
-            if node.used_at != used_at:
-                self._enqueue(node)  # used since: it queues again, as of its last use
-                continue
-            freed += len(node.pages[0])
-            self._remove(node)
-        return freed
+    def hold(self, group: int, node: Node, above: Node, first: int) -> int:
+        """Keep the windowed `group`'s pages of the nodes between `above` and `node` that reach beyond row `first`.
+
+        Returns where the uppermost of them begins (`node.length` if there is none): what `let_go` wants to know.
+        """
+        begin, walk = node.length, node
+        while walk is not above and walk.length > first:
+            self._cut_behind(group, walk, first)
+            self._no_longer_idle(group, walk)
+            walk.holds[group] += 1
+            begin = walk.start
+            assert walk.parent is not None, "`above` is an ancestor"
+            walk = walk.parent
+            if begin <= first:
+                break
+        return begin
+
+    def let_go(self, group: int, node: Node, begin: int, first: int) -> int:
+        """Of the path of `node` that is held from `begin` on, give back the nodes that end at or before row `first`.
+
+        Returns the new begin.
+        """
+        walk: Node | None = node
+        held_from = begin
+        while walk is not None and walk.start >= begin and walk.parent is not None:
+            self._cut_behind(group, walk, first)
+            if walk.length <= first:
+                assert walk.holds[group] > 0, "a window is given back twice"
+                held_from = max(held_from, walk.length)
+                walk.holds[group] -= 1
+                if walk.holds[group] == 0 and not walk.revoked:
+                    self._become_idle(group, walk)
+            walk = walk.parent
+        return held_from
+
+    def evict(self, num_pages: int, group: int = 0) -> int:
+        """Free at least `num_pages` pages of `group`, if so many are not in use. Returns how many it freed."""
+        before = self._num_pages[group]
+        queue = self._idle[group] if group in self._windows else self._queue
+        while before - self._num_pages[group] < num_pages and queue:
+            if group in self._windows:
+                self._evict_window(group, next(iter(self._idle[group])))
+            else:
+                self._evict_leaf()
+        return before - self._num_pages[group]
 
     def revoke(self, node: Node) -> None:
         """Take out what the step that writes `node` has added here, with everything below: the rows are not valid.
@@ -171,41 +271,66 @@ class PrefixTree:
             return
         while node.parent is not None and node.parent.step_id == node.step_id:
             node = node.parent  # parts of the same stretch, split since
-        self._detach(node)
-        for below in list(_walk(node)):
+        for below in list(nodes_below(node)):
             below.revoked = True
+            for group, ids in enumerate(below.pages):
+                if group in self._windows:
+                    self._no_longer_idle(group, below)
+                elif below.num_locks == 0:
+                    self._num_evictable[group] -= len(ids)
             if below.num_locks == 0:
-                self.num_evictable -= len(below.pages[0])
                 self._free(below)
+        assert node.parent is not None, "a root is never revoked"
+        del node.parent.children[tuple(node.key[: self._unit])]
+        self._settle(node.parent)
 
     def flush(self) -> None:
         """Drop every prefix. Nothing may be locked."""
         for root in list(self._roots.values()):
-            for node in list(_walk(root)):
+            for node in list(nodes_below(root)):
                 assert node.num_locks == 0, f"tokens up to {node.length} are locked {node.num_locks} times"
                 self._free(node)
         self._roots.clear()
         self._queue.clear()
-        self.num_evictable = 0
+        self._num_dead = 0
+        for idle in self._idle.values():
+            idle.clear()
+        self._num_evictable = [0] * len(self._pools)
 
-    def check(self, holders: Sequence[Node]) -> None:
-        """Verify the structure, and every count given the locked nodes, one entry per lock. Raises AssertionError."""
-        locks = Counter(node for holder in holders for node in _path(holder))
-        nodes = {node for root in self._roots.values() for node in _walk(root)}
+    def check(self, holders: Sequence[Holder]) -> None:
+        """Verify the structure, and every count given the locks. Raises AssertionError."""
+        locks = Counter(node for holder in holders for node in path_of(holder.node))
+        nodes = {node for root in self._roots.values() for node in nodes_below(root)}
         for node in nodes:
             assert not node.revoked, "a revoked node can be matched"
-            assert all(len(ids) * self._page_size == len(node.key) for ids in node.pages), "pages and tokens differ"
             if node.parent is not None:
                 assert node.parent.children[tuple(node.key[: self._unit])] is node, "a child stands under a wrong key"
                 assert node.length == node.parent.length + len(node.key), "lengths do not add up"
                 assert len(node.key) % self._unit == 0, "a node ends inside a unit"
                 assert node.queued or node.num_locks or node.children, "a leaf that can never be evicted"
+                assert node.whole or node.num_locks or node.children, "a tombstone that nobody can reach"
         for node in nodes | locks.keys():
             assert node.num_locks == locks[node], f"{node.num_locks} locks at {node.length} tokens, {locks[node]} held"
-        num_pages = sum(len(node.pages[0]) for node in nodes | locks.keys())
-        assert num_pages == self.num_pages, f"{num_pages} pages in the tree, {self.num_pages} counted"
-        num_evictable = sum(len(node.pages[0]) for node in nodes if not locks[node])
-        assert num_evictable == self.num_evictable, f"{num_evictable} evictable pages, {self.num_evictable} counted"
+        for group in range(len(self._pools)):
+            self._check_group(group, holders, nodes, locks)
+
+    def _check_group(self, group: int, holders: Sequence[Holder], nodes: set[Node], locks: Counter[Node]) -> None:
+        windowed = group in self._windows
+        if windowed:
+            paths = ((node, holder) for holder in holders for node in path_of(holder.node) if node.parent is not None)
+            uses = Counter(node for node, holder in paths if node.start >= holder.held_from[group])
+            for node in nodes | locks.keys():
+                assert node.holds[group] == uses[node], f"{node.holds[group]} windows, {uses[node]} held"
+        else:
+            uses = locks
+        for node in nodes | locks.keys():
+            num_pages = len(node.pages[group])
+            assert num_pages * self._page_size == len(node.key) or (windowed and not num_pages), "pages and tokens"
+        num_pages = sum(len(node.pages[group]) for node in nodes | locks.keys())
+        assert num_pages == self._num_pages[group], f"{num_pages} pages in the tree, {self._num_pages[group]} counted"
+        num_evictable = sum(len(node.pages[group]) for node in nodes if not uses[node])
+        counted = self._num_evictable[group]
+        assert num_evictable == counted, f"group {group}: {num_evictable} evictable pages, {counted} counted"
 
     def _common_length(self, key: list[int], tokens: list[int], position: int, limit: int) -> int:
         """Tokens, in whole units, that `key` and `tokens[position:limit]` share; the first unit is known to match."""
@@ -222,6 +347,11 @@ class PrefixTree:
                 high = middle
         return low * self._unit
 
+    def _first_whole(self, page_ids: list[int], begin: int) -> int:
+        """The first unit border from which on no page is missing; `page_ids` starts at token `begin`."""
+        num_gone = next((index for index, page in enumerate(page_ids) if page != PADDING_PAGE), len(page_ids))
+        return begin - (-num_gone * self._page_size // self._unit) * self._unit
+
     def _split(self, node: Node, length: int) -> Node:
         """Cut `node` after `length` tokens; the new upper part is returned, `node` keeps the lower and its holders."""
         parent, num_pages = node.parent, length // self._page_size
@@ -230,60 +360,105 @@ class PrefixTree:
             parent=parent,
             key=node.key[:length],
             pages=[ids[:num_pages] for ids in node.pages],
-            length=node.length - len(node.key) + length,
+            length=node.start + length,
+            holds=list(node.holds),
             step_id=node.step_id,
             num_locks=node.num_locks,
             used_at=node.used_at,
+            num_uses=node.num_uses,
+            priority=node.priority,
+            revoked=node.revoked,
         )
-        parent.children[tuple(upper.key[: self._unit])] = upper
+        if not node.revoked:
+            parent.children[tuple(upper.key[: self._unit])] = upper
         node.parent, node.key = upper, node.key[length:]
         node.pages = [ids[num_pages:] for ids in node.pages]
         upper.children[tuple(node.key[: self._unit])] = node
+        for idle in self._idle.values():
+            if node in idle:
+                idle[upper] = None
         return upper
+
+    def _cut_behind(self, group: int, node: Node, first: int) -> None:
+        """Split off what `node` has before row `first`, if that is at least a window: so little is held in vain."""
+        behind = (first - node.start) // self._unit * self._unit
+        if max(self._windows[group], self._unit) <= behind < len(node.key):
+            self._split(node, behind)
+
+    def _count_evictable(self, node: Node, sign: int) -> None:
+        for group, ids in enumerate(node.pages):
+            if group not in self._windows:
+                self._num_evictable[group] += sign * len(ids)
+
+    def _become_idle(self, group: int, node: Node) -> None:
+        """The node's pages in a windowed group, if it has any, can be evicted from now on."""
+        if node.pages[group]:
+            self._idle[group][node] = None
+            self._num_evictable[group] += len(node.pages[group])
+
+    def _no_longer_idle(self, group: int, node: Node) -> None:
+        if node in self._idle[group]:
+            del self._idle[group][node]
+            self._num_evictable[group] -= len(node.pages[group])
 
     def _enqueue(self, node: Node) -> None:
         if not node.queued and not node.children and node.parent is not None:
             node.queued = True
             self._num_queued += 1
-            heapq.heappush(self._queue, (node.used_at, self._num_queued, node))
+            heapq.heappush(self._queue, (self._order(node), self._num_queued, node))
 
-    def _remove(self, node: Node) -> None:
-        """Evict an unlocked leaf."""
-        self.num_evictable -= len(node.pages[0])
-        self._free(node)
-        self._detach(node)
+    def _evict_leaf(self) -> None:
+        """Evict the first of the queue, if it still is a leaf that nobody has used since it was queued."""
+        key, _, node = heapq.heappop(self._queue)
+        node.queued = False
+        if node.parent is None:
+            self._num_dead -= 1
+            return
+        if node.num_locks or node.children or node.revoked:
+            return  # comes back when it is an unlocked leaf again
+        if self._order(node) != key:
+            self._enqueue(node)
+        else:
+            self._settle(self._unlink(node))
 
-    def _detach(self, node: Node) -> None:
+    def _evict_window(self, group: int, node: Node) -> None:
+        """Take the group's pages from `node`, which nobody holds."""
+        self._no_longer_idle(group, node)
+        self._num_pages[group] -= len(node.pages[group])
+        self._pools[group].free(node.pages[group])
+        node.pages[group] = []
+        self._settle(node)
+
+    def _settle(self, node: Node) -> None:
+        """If nobody uses this leaf: it can be evicted, and is if no match could end there. Then its parent is one."""
+        while not node.num_locks and not node.children:
+            if node.parent is None:
+                self._roots.pop(node.namespace, None)  # forget a namespace that nothing is left of
+                return
+            if node.whole:
+                self._enqueue(node)
+                return
+            node = self._unlink(node)
+
+    def _unlink(self, node: Node) -> Node:
+        """Evict an unlocked leaf; returns its parent."""
         parent = node.parent
-        assert parent is not None, "a root is dropped, not detached"
+        assert parent is not None, "a root has no pages"
+        self._count_evictable(node, -1)
+        for group in self._windows:
+            self._no_longer_idle(group, node)
+        self._free(node)
         del parent.children[tuple(node.key[: self._unit])]
-        if parent.num_locks == 0:
-            self._enqueue(parent)
-            self._drop_if_empty(parent)
-
-    def _drop_if_empty(self, node: Node) -> None:
-        """Forget a namespace that nothing is left of."""
-        if node.parent is None and not node.children and node.num_locks == 0:
-            self._roots.pop(node.namespace, None)
+        node.parent = None
+        self._num_dead += node.queued
+        if self._num_dead > len(self._queue) // 2:
+            self._queue = [entry for entry in self._queue if entry[2].parent is not None]
+            heapq.heapify(self._queue)
+            self._num_dead = 0
+        return parent
 
     def _free(self, node: Node) -> None:
-        self.num_pages -= len(node.pages[0])
-        for pool, ids in zip(self._pools, node.pages, strict=True):
-            pool.free(ids)
-
-
-def _path(node: Node) -> Iterator[Node]:
-    """`node` and its ancestors."""
-    walk: Node | None = node
-    while walk is not None:
-        yield walk
-        walk = walk.parent
-
-
-def _walk(node: Node) -> Iterator[Node]:
-    """`node` and everything below, parents first."""
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        yield node
-        stack.extend(node.children.values())
+        for group, ids in enumerate(node.pages):
+            self._num_pages[group] -= len(ids)
+            self._pools[group].free(ids)
+        node.pages = [[] for _ in self._pools]

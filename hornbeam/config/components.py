@@ -23,6 +23,7 @@ class CacheOptions:
     max_total_tokens: int | None
     memory_fraction: float  # of the device's memory, weights included
     radix: bool
+    eviction_policy: str = "lru"  # "lfu", "slru", "priority"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

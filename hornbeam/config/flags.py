@@ -85,6 +85,13 @@ FLAGS: tuple[Flag, ...] = (
         help="Share of the device's memory for weights and key-value cache.",
     ),
     Flag(name="disable_radix_cache", group="memory", type=bool, default=False, help="Do not reuse prefixes."),
+    Flag(
+        name="radix_eviction_policy",
+        group="memory",
+        default="lru",
+        choices=("lru", "lfu", "slru", "priority"),
+        help="Which unused prefix goes first: least recently or least often used, used once, of least priority.",
+    ),
     Flag(name="max_running_requests", group="scheduling", type=int, help="Requests that run at once."),
     Flag(name="max_queued_requests", group="scheduling", type=int, help="Waiting requests before 503 is answered."),
     Flag(

@@ -82,6 +82,7 @@ def resolve_engine(
             max_total_tokens=pick("max_total_tokens"),
             memory_fraction=pick("mem_fraction_static", platform.memory_fraction, why),
             radix=not pick("disable_radix_cache"),
+            eviction_policy=pick("radix_eviction_policy"),
         ),
         scheduler=SchedulerOptions(
             max_running_requests=max_running,

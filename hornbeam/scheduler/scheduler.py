@@ -48,7 +48,7 @@ class Scheduler:
     Args:
         options: limits and policy.
         cache: page size, and whether prefixes are reused.
-        specs: the cache groups; only kind "full" so far.
+        specs: the cache groups, of kind "full" or "window".
         num_pages: per group, the padding page 0 included.
         context_len: prompt and generated tokens of one request, at most.
         eos_ids: ids that end a request unless it ignores them.
@@ -70,9 +70,13 @@ class Scheduler:
         vocab_size: int,
     ) -> None:
         self._options = options
-        self._memory = Memory(specs, num_pages, cache.page_size, options.max_running_requests, cache.radix)
-        # A chunk that is not the last ends at a unit's border, so a step must have room for one unit.
-        self._chunk_budget = max(options.chunked_prefill_size, self._memory.unit)
+        self._memory = Memory(
+            specs,
+            num_pages,
+            cache,
+            num_slots=options.max_running_requests,
+            chunk_size=options.chunked_prefill_size,
+        )
         self._context_len = context_len
         self._eos_ids = eos_ids
         self._vocab_size = vocab_size
@@ -249,7 +253,7 @@ class Scheduler:
 
     def _plan_chunks(self, step: Step) -> None:
         """Stretches of prompts, up to the budget: begun prompts first, then the queue's head as long as it fits."""
-        budget = self._chunk_budget
+        budget = self._memory.chunk_size
         for state in list(self._prefilling):
             num_tokens = self._plan_chunk(state, budget, step)
             if num_tokens == 0:
@@ -284,13 +288,13 @@ class Scheduler:
         """
         if self.num_running == 0:
             return True
-        prompts = sum(other.prefill_end - other.kv_len for other in (*self._prefilling, state))
+        num_left = [other.prefill_end - other.kv_len for other in (*self._prefilling, state)]
         reserve = min(RESERVE_TOKENS * self.num_running, self._memory.max_total_tokens // RESERVE_PART)
-        return prompts + reserve <= self._memory.num_available_tokens
+        return self._memory.has_room(num_left, reserve)
 
     def _plan_chunk(self, state: RequestState, budget: int, step: Step) -> int:
         """The next stretch of one prompt, at most `budget` tokens. Returns its length, 0 if it has to wait."""
-        self._memory.reuse(state)
+        self._memory.reuse(state, idle=state.last_step <= self._applied)
         start, end = state.kv_len, min(state.prefill_end, state.kv_len + budget)
         if end < state.prefill_end:
             end -= end % self._memory.unit
@@ -301,10 +305,13 @@ class Scheduler:
         samples = done and end < state.max_tokens
         token_ids = tuple(state.tokens[start:end])
         step.chunks.append(Chunk(slot=state.slot, start=start, token_ids=token_ids, samples=samples))
-        (step.rows if samples else step.silent).append(state)
+        if samples:
+            step.rows.append(state)
+        else:
+            step.silent[state] = end
         state.kv_len = end
         state.last_step = step.step_id
-        node = self._memory.publish(state, step.step_id)
+        node = self._memory.publish(state, start, step.step_id)
         if node is not None:
             step.published.append(node)
         self._prefilling.pop(state, None)
@@ -315,8 +322,9 @@ class Scheduler:
     def _grant(self, state: RequestState, step: Step) -> None:
         first = state.num_granted
         for group, page_ids in enumerate(state.pages):
-            new = tuple(page_ids[first:])
-            step.grants.append(PageGrant(slot=state.slot, group=group, first=first, page_ids=new))
+            begin = max(first, state.floors[group])
+            new = tuple(page_ids[begin:])
+            step.grants.append(PageGrant(slot=state.slot, group=group, first=begin, page_ids=new))
         state.num_granted = len(state.pages[0])
 
     def _relieve(self) -> bool:
@@ -361,6 +369,8 @@ class Scheduler:
             self._fail(step, result.error)
         else:
             self._accept(step, result)
+        if self._memory.has_windows:
+            self._leave_behind(step)
         for state in [state for state in self._leaving if state.last_step <= self._applied]:
             del self._leaving[state]
             self._memory.release(state)
@@ -378,6 +388,16 @@ class Scheduler:
         for state in step.silent:
             if state.last_step == step.step_id and state in self._ending:
                 self._finish(state, Finish(type="length", length=0))
+
+    def _leave_behind(self, step: Step) -> None:
+        """Pages behind the windows go back once the step that last reads them is done."""
+        for state in (*step.rows, *step.silent):
+            if state.status is Status.RUNNING and state.node is not None:
+                if state.last_step == step.step_id:
+                    num_done = state.kv_len
+                else:  # a row of a later step stands for the last token
+                    num_done = step.silent.get(state, len(state.tokens) - 1)
+                self._memory.leave_behind(state, num_done)
 
     def _fail(self, step: Step, error: str) -> None:
         """Nothing that `step` wrote is valid: end its requests, and those that reuse what it wrote."""

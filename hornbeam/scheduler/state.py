@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hornbeam.cache.prefix import Node
+from hornbeam.cache.node import Node
 from hornbeam.core.plan import Chunk, PageGrant, SlotStart
 from hornbeam.core.request import Finish, Request, RequestOutput, Status, TokenLogprobs
 
@@ -30,6 +30,8 @@ class RequestState:
     capacity: int = 0  # tokens that `pages` can hold
     num_granted: int = 0  # pages per group that the device's page table holds
     node: Node | None = None  # locked
+    floors: list[int] = field(default_factory=list)  # [group]: the first page that is kept; above 0 in windows only
+    held_from: dict[int, int] = field(default_factory=dict)  # windowed group: the first token held in the tree
     # What the client is told.
     num_cached: int = 0
     num_retractions: int = 0
@@ -88,7 +90,7 @@ class Step:
     decode: list[int] = field(default_factory=list)
     decode_lens: list[int] = field(default_factory=list)
     rows: list[RequestState] = field(default_factory=list)  # the sampling rows, in the plan's order
-    silent: list[RequestState] = field(default_factory=list)  # chunks that do not sample
+    silent: dict[RequestState, int] = field(default_factory=dict)  # chunks that do not sample: length after the step
     published: list[Node] = field(default_factory=list)  # tree nodes whose rows it completes
     starved: bool = False  # a decode row had to wait for a page
 

@@ -5,8 +5,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from hornbeam.cache.node import Holder, Node
 from hornbeam.cache.pages import PagePool
-from hornbeam.cache.prefix import Node, PrefixTree
+from hornbeam.cache.prefix import PrefixTree
 
 pytestmark = pytest.mark.pure
 
@@ -65,6 +66,25 @@ def test_the_least_recently_used_leaf_goes_first() -> None:
     assert [length_of(tree, [first, first]) for first in (1, 2, 3)] == [2, 0, 2]
 
 
+@pytest.mark.parametrize(
+    ("policy", "order"), [("lru", "abcd"), ("lfu", "dacb"), ("slru", "dabc"), ("priority", "bdac")]
+)
+def test_eviction_policies(policy: str, order: str) -> None:
+    pools = [PagePool(9)]
+    tree = PrefixTree(pools, 1, 1, policy=policy)
+    prompts = {name: [index] for index, name in enumerate("abcd")}
+    uses = {"a": (2, 3), "b": (4, 1), "c": (3, 4), "d": (1, 2)}  # how often, with which priority
+    for name, (number, priority) in uses.items():
+        node = add(tree, pools, prompts[name])
+        for _ in range(number):
+            tree.lock(node)
+            tree.unlock(node, priority)
+    gone = ""
+    while tree.evict(1):
+        gone += "".join(name for name in "abcd" if name not in gone and not length_of(tree, prompts[name]))
+    assert gone == order
+
+
 def test_giving_a_lock_back_counts_as_use() -> None:
     tree, pools = tree_of()
     node = add(tree, pools, [1, 1])
@@ -80,14 +100,14 @@ def test_parents_become_leaves_and_locks_protect_their_path() -> None:
     match = tree.match(tree.root(""), [1, 2, 3, 9], 4)
     assert match.length == 3
     tree.lock(match.node)
-    assert (tree.num_pages, tree.num_evictable) == (6, 3)
+    assert (tree.num_pages(), tree.num_evictable()) == (6, 3)
     assert tree.evict(100) == 3
     assert length_of(tree, [1, 2, 3, 4]) == 3
     with pytest.raises(AssertionError, match="locked"):
         tree.flush()
     tree.unlock(match.node)
     assert tree.evict(100) == 3
-    assert tree.num_pages == 0
+    assert tree.num_pages() == 0
     tree.check([])
 
 
@@ -97,9 +117,9 @@ def test_a_split_node_keeps_its_holders() -> None:
     tree.lock(node)
     add(tree, pools, [1, 2, 9])
     assert node.length == 5
-    assert tree.num_evictable == 1
+    assert tree.num_evictable() == 1
     tree.unlock(node)
-    assert tree.num_evictable == 6
+    assert tree.num_evictable() == 6
     tree.check([])
 
 
@@ -109,9 +129,9 @@ def test_a_moved_lock_equals_a_new_one() -> None:
     tree.lock(node)
     leaf = add(tree, pools, [1, 2, 3])
     tree.lock(leaf, above=node)
-    assert tree.num_evictable == 0
+    assert tree.num_evictable() == 0
     tree.unlock(leaf)
-    assert tree.num_evictable == 3
+    assert tree.num_evictable() == 3
     tree.check([])
 
 
@@ -138,7 +158,7 @@ def test_revoked_pages_come_back_with_the_last_lock() -> None:
 def test_flush_empties_every_namespace() -> None:
     tree, pools = tree_of([1, 2, 3], [1, 5])
     tree.flush()
-    assert pools[0].num_taken == tree.num_pages == tree.num_evictable == 0
+    assert pools[0].num_taken == tree.num_pages() == tree.num_evictable() == 0
     assert tree.evict(1) == 0
     add(tree, pools, [1, 2])
     assert tree.evict(1) == 2
@@ -200,7 +220,7 @@ class Trees(RuleBasedStateMachine):
 
     @rule(number=st.integers(1, 12))
     def evict(self, number: int) -> None:
-        possible, free = self.tree.num_evictable, self.pools[0].num_free
+        possible, free = self.tree.num_evictable(), self.pools[0].num_free
         freed = self.tree.evict(number)
         assert freed >= min(number, possible)
         assert self.pools[0].num_free == free + freed
@@ -234,12 +254,12 @@ class Trees(RuleBasedStateMachine):
 
     @invariant()
     def counts_agree(self) -> None:
-        self.tree.check([node for _, _, node, _ in self.held])
+        self.tree.check([Holder(node) for _, _, node, _ in self.held])
         width = self.unit // self.page_size
         revoked = {id(node): len(node.pages[0]) for node in self.revoked_nodes()}
-        assert self.tree.num_pages == len(self.model) * width + sum(revoked.values())
+        assert self.tree.num_pages() == len(self.model) * width + sum(revoked.values())
         for pool in self.pools:
-            assert pool.num_taken == self.tree.num_pages
+            assert pool.num_taken == self.tree.num_pages()
         locked = {
             (namespace, tuple(tokens[:end]))
             for namespace, tokens, node, _ in self.held

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hornbeam.cache.node import EVICTION_ORDERS
 from hornbeam.config.components import EngineOptions
 from hornbeam.config.environment import read_environment
 from hornbeam.config.flags import FLAGS, check_flags
@@ -76,6 +77,13 @@ def test_auto_means_not_set() -> None:
 
 def test_chunked_prefill_off_takes_whole_prompts() -> None:
     assert resolve(chunked_prefill_size=-1).scheduler.chunked_prefill_size == 4096
+
+
+def test_eviction_policies_are_those_of_the_tree() -> None:
+    policies = next(flag for flag in FLAGS if flag.name == "radix_eviction_policy").choices
+    assert set(policies) == set(EVICTION_ORDERS)
+    assert resolve().cache.eviction_policy == "lru"
+    assert resolve(radix_eviction_policy="slru").cache.eviction_policy == "slru"
 
 
 def test_graph_sizes() -> None:

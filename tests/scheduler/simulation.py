@@ -1,4 +1,7 @@
-"""A scheduler with a pretended device that checks every key-value row that a step reads."""
+"""A scheduler with a pretended device that checks every key-value row that a step reads.
+
+In a windowed group a token reads the rows of its window, and no others: they must be in the page table, and right.
+"""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -42,7 +45,7 @@ class FakeDevice:
     """Runs plans in order on rows in memory. A failing step leaves garbage behind."""
 
     page_size: int
-    num_groups: int
+    windows: tuple[int | None, ...]  # per group
     rows: dict = field(default_factory=dict)  # (group, page, offset) -> row
     tables: dict = field(default_factory=dict)  # slot -> per group {entry: page}
     lens: dict = field(default_factory=dict)
@@ -53,9 +56,17 @@ class FakeDevice:
     def address(self, slot: int, group: int, position: int) -> tuple[int, int, int]:
         return group, self.tables[slot][group][position // self.page_size], position % self.page_size
 
+    @property
+    def num_groups(self) -> int:
+        return len(self.windows)
+
     def write(self, plan: StepPlan, slot: int, position: int, token: int, garbage: bool) -> None:
-        for group in range(self.num_groups):
+        full = self.windows.index(None) if None in self.windows else None
+        for group, window in enumerate(self.windows):
             previous = self.rows[self.address(slot, group, position - 1)] if position else 0
+            for read in range(max(0, position - window + 1), position) if window else ():
+                row = self.rows[self.address(slot, group, read)]
+                assert full is None or row == self.rows[self.address(slot, full, read)], "a wrong row in the window"
             address = self.address(slot, group, position)
             for pages in self.writers.values():
                 assert pages.setdefault(address[:2], slot) == slot, "a page changed hands while a step may write it"
@@ -112,21 +123,24 @@ class Simulation:
         radix: bool = True,
         depth: int = 2,
         groups: int = 1,
+        windows: tuple[int | None, ...] | None = None,
+        window_pages: int = 0,
         granularity: int = 1,
         context_len: int = 1000,
         queue: int | None = None,
     ) -> None:
-        spec = CacheSpec(kind="full", layers=(0,), row_shapes=((1, 4),), dtype="float32", reuse_granularity=granularity)
+        windows = windows or (None,) * groups
+        layout = {"layers": (0,), "row_shapes": ((1, 4),), "dtype": "float32", "reuse_granularity": granularity}
         self.scheduler = Scheduler(
             SchedulerOptions(max_running_requests=slots, max_queued_requests=queue, chunked_prefill_size=chunk, seed=1),
             CacheOptions(page_size=page_size, max_total_tokens=None, memory_fraction=0.5, radix=radix),
-            specs=(spec,) * groups,
-            num_pages=tuple(num_pages + group for group in range(groups)),
+            specs=tuple(CacheSpec(kind="window" if size else "full", window=size, **layout) for size in windows),
+            num_pages=tuple((window_pages if size else 0) or num_pages + g for g, size in enumerate(windows)),
             context_len=context_len,
             eos_ids=frozenset({EOS}),
             vocab_size=VOCAB,
         )
-        self.device = FakeDevice(page_size=page_size, num_groups=groups)
+        self.device = FakeDevice(page_size=page_size, windows=windows)
         self.depth = depth
         self.results: deque[StepResult] = deque()
         self.plans: list[StepPlan] = []

@@ -1,5 +1,7 @@
 """The scheduler under random loads and random commands, in pools that are too small."""
 
+import math
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,9 @@ def test_random_loads_in_random_small_pools(data: st.DataObject) -> None:
     """Pools that hold about one request, so that nearly every load is retracted, evicted and computed again."""
     page_size, granularity = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (4, 1), (4, 8)]))
     longest = data.draw(st.integers(8, 60))
+    unit = math.lcm(page_size, granularity)
+    windows = data.draw(st.sampled_from([(None,), (None, None), (2,), (5, None), (None, 4), (None, 3, 9)]))
+    least = -(-(2 * max(filter(None, windows), default=0) + 3 * unit) // page_size) + 3
     simulation = Simulation(
         page_size=page_size,
         granularity=granularity,
@@ -29,7 +34,8 @@ def test_random_loads_in_random_small_pools(data: st.DataObject) -> None:
         chunk=data.draw(st.integers(1, 40)),
         slots=data.draw(st.integers(1, 6)),
         depth=data.draw(st.integers(1, 3)),
-        groups=data.draw(st.integers(1, 2)),
+        windows=windows,
+        window_pages=least + data.draw(st.integers(0, 8)) if None in windows else 0,
         radix=data.draw(st.booleans()),
     )
     requests = []
@@ -131,13 +137,26 @@ class Programs(RuleBasedStateMachine):
                 assert (tokens, end.finish.type) == (expected, why)
 
 
+class ProgramsWithWindows(Programs):
+    @staticmethod
+    def simulation_options() -> dict[str, object]:
+        return {"num_pages": 30, "slots": 3, "chunk": 8, "context_len": 60, "page_size": 2} | {
+            "windows": (None, 5, 3),
+            "window_pages": 12,
+        }
+
+
 class ProgramsWithoutTree(Programs):
     @staticmethod
     def simulation_options() -> dict[str, object]:
-        return {"num_pages": 40, "slots": 3, "chunk": 8, "context_len": 60, "page_size": 1, "radix": False, "groups": 2}
+        return {"num_pages": 40, "slots": 3, "chunk": 8, "context_len": 60, "page_size": 1, "radix": False} | {
+            "windows": (None, 4)
+        }
 
 
 TestPrograms = Programs.TestCase
 TestPrograms.settings = limits
+TestProgramsWithWindows = ProgramsWithWindows.TestCase
+TestProgramsWithWindows.settings = limits
 TestProgramsWithoutTree = ProgramsWithoutTree.TestCase
 TestProgramsWithoutTree.settings = limits

@@ -183,8 +183,8 @@ def test_bad_requests_are_refused_with_reasons() -> None:
 def test_unknown_cache_kinds_and_empty_pools_are_config_errors() -> None:
     options = SchedulerOptions(max_running_requests=1, max_queued_requests=None, chunked_prefill_size=8, seed=1)
     cache = CacheOptions(page_size=4, max_total_tokens=None, memory_fraction=0.5, radix=True)
-    window = CacheSpec(kind="window", layers=(0,), row_shapes=((1, 4),), dtype="float32", window=8)
-    for specs, num_pages in (((window,), (8,)), ((SPEC,), (1,))):
+    state = CacheSpec(kind="state", layers=(0,), row_shapes=((1, 4),), dtype="float32")
+    for specs, num_pages in (((state,), (8,)), ((SPEC,), (1,))):
         with pytest.raises(ConfigError):
             Scheduler(
                 options, cache, specs=specs, num_pages=num_pages, context_len=9, eos_ids=frozenset(), vocab_size=9
