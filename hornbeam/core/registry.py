@@ -6,7 +6,7 @@ and touches nothing else. Entry points of group `hornbeam.<registry name>` add r
 
 import importlib
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -54,24 +54,31 @@ class Registry(Generic[Query, T]):
         value: T = getattr(importlib.import_module(module), attribute)
         return value
 
-    def choose(self, query: Query, wanted: str = "auto", order: Iterable[str] | None = None) -> Choice[T]:
-        """Pick an entry: `wanted` if it supports the query, else ("auto") the first of `order` that does.
+    def choose(self, query: Query, wanted: str = "auto", probe: Callable[[T], None] | None = None) -> Choice[T]:
+        """Pick an entry: `wanted` if it supports the query, else ("auto") the first that does.
+
+        Args:
+            query: what it must serve.
+            wanted: a name, or "auto".
+            probe: uses an entry in earnest, in the smallest way, and raises if it does not keep its word.
 
         Raises:
             ConfigError: the wanted entry cannot serve, or none can; the message holds every reason.
         """
         skipped: list[tuple[str, str]] = []
-        for name in (order or self._all()) if wanted == "auto" else (wanted,):
-            reason, value = self._try(name, query)
+        for name in self._all() if wanted == "auto" else (wanted,):
+            reason, value = self._try(name, query, probe)
             if value is not None:
                 return Choice(name=name, value=value, skipped=tuple(skipped))
             skipped.append((name, reason))
         raise ConfigError(f"no {self.name} can serve: " + "; ".join(f"{name}: {why}" for name, why in skipped))
 
-    def _try(self, name: str, query: Query) -> tuple[str, T | None]:
+    def _try(self, name: str, query: Query, probe: Callable[[T], None] | None) -> tuple[str, T | None]:
         try:
             value: Any = self.load(name)
             reason: str | None = value.supports(query)
+            if reason is None and probe is not None:
+                probe(value)
         except Exception as error:  # a broken backend must not take the others with it
             return f"{type(error).__name__}: {error}", None
         return (reason, None) if reason is not None else ("", value)

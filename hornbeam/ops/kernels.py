@@ -1,6 +1,7 @@
 """The backends chosen for one model on one machine, as one value that layers are built with."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from hornbeam.ops.attention.contract import ATTENTION, AttentionBackend
 from hornbeam.ops.cache_write.contract import CACHE_WRITE, CacheWrite
 from hornbeam.ops.linear.contract import LINEAR, LinearProduct
 from hornbeam.ops.norm.contract import NORM, Norm
+from hornbeam.ops.probes import Probes
 from hornbeam.ops.query import OpQuery
 from hornbeam.ops.rope.contract import ROPE, Rope
 from hornbeam.ops.sample.contract import SAMPLE, Sample
@@ -33,23 +35,24 @@ class Kernels:
 
 
 def choose_kernels(query: OpQuery, attention: str = "auto") -> Kernels:
-    """The first backend of each op that supports `query`; `attention` may name one.
+    """The first backend of each op that supports `query` and passes its probe; `attention` may name one.
 
     Raises:
         ConfigError: the named attention backend cannot serve; the message says why.
     """
+    probes = Probes(query)
     return Kernels(
-        activation=_choose(ACTIVATION, query),
-        attention=_choose(ATTENTION, query, attention),
-        cache_write=_choose(CACHE_WRITE, query),
-        linear=_choose(LINEAR, query),
-        norm=_choose(NORM, query),
-        rope=_choose(ROPE, query),
-        sample=_choose(SAMPLE, query),
+        activation=_choose(ACTIVATION, query, probes.activation),
+        attention=_choose(ATTENTION, query, probes.attention, attention),
+        cache_write=_choose(CACHE_WRITE, query, probes.cache_write),
+        linear=_choose(LINEAR, query, probes.linear),
+        norm=_choose(NORM, query, probes.norm),
+        rope=_choose(ROPE, query, probes.rope),
+        sample=_choose(SAMPLE, query, probes.sample),
     )
 
 
-def _choose(registry: Registry[OpQuery, T], query: OpQuery, wanted: str = "auto") -> T:
-    choice = registry.choose(query, wanted)
+def _choose(registry: Registry[OpQuery, T], query: OpQuery, probe: Callable[[T], None], wanted: str = "auto") -> T:
+    choice = registry.choose(query, wanted, probe)
     logger.info("%s = %s (%s)", registry.name, choice.name, choice.reason)
     return choice.value

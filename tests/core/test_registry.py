@@ -54,6 +54,19 @@ def test_a_wanted_entry_is_taken_or_refused_with_its_reason(registry: Registry[s
         registry.choose("cpu", wanted="nonsense")
 
 
+def test_one_that_promises_too_much_is_skipped(registry: Registry[str, object]) -> None:
+    def probe(entry: object) -> None:
+        if type(entry).__module__ == "picky_backend":
+            raise FloatingPointError("gives up when used")
+
+    choice = registry.choose("gpu", probe=probe)
+    assert choice.name == "good"
+    assert dict(choice.skipped)["picky"] == "FloatingPointError: gives up when used"
+    with pytest.raises(ConfigError, match="gives up when used"):
+        registry.choose("gpu", wanted="picky", probe=probe)
+
+
 def test_none_can_serve(registry: Registry[str, object]) -> None:
+    del registry.entries["good"]
     with pytest.raises(ConfigError, match=r"broken: OSError.*; picky: needs a gpu"):
-        registry.choose("cpu", order=("broken", "picky"))
+        registry.choose("cpu")

@@ -11,14 +11,16 @@ from hornbeam.ops.activation.contract import ACTIVATION
 from hornbeam.ops.attention.contract import ATTENTION
 from hornbeam.ops.cache_write.contract import CACHE_WRITE
 from hornbeam.ops.kernels import choose_kernels
+from hornbeam.ops.linear.contract import LINEAR
 from hornbeam.ops.norm.contract import NORM
+from hornbeam.ops.probes import Probes
 from hornbeam.ops.query import OpQuery
 from hornbeam.ops.rope.contract import ROPE
 from hornbeam.ops.sample.contract import SAMPLE
 
 pytestmark = pytest.mark.cpu
 
-REGISTRIES = (ACTIVATION, ATTENTION, CACHE_WRITE, NORM, ROPE, SAMPLE)
+REGISTRIES = (ACTIVATION, ATTENTION, CACHE_WRITE, LINEAR, NORM, ROPE, SAMPLE)
 QUERY = OpQuery(device="cpu", dtype="float32", num_heads=4, num_kv_heads=2, head_dim=8, page_size=16)
 BROKEN = {
     "raises-on-import": ("raise OSError('no such driver')", "OSError: no such driver"),
@@ -31,6 +33,14 @@ BROKEN = {
     "refuses": (
         "class Backend:\n    def supports(self, query):\n        return 'needs a newer device'\nBACKEND = Backend()",
         "needs a newer device",
+    ),
+    "lies-in-supports": (
+        "class Backend:\n"
+        "    captures = True\n"
+        "    def supports(self, query):\n        return None\n"
+        "    def __getattr__(self, name):\n        raise RuntimeError('no kernel image for this device')\n"
+        "BACKEND = Backend()",
+        "no kernel image for this device",
     ),
 }
 
@@ -49,7 +59,7 @@ def reason(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.name)
 def test_it_is_skipped_with_its_reason(registry: Registry, reason: str) -> None:
-    choice = registry.choose(QUERY)
+    choice = registry.choose(QUERY, probe=getattr(Probes(QUERY), registry.name))
     assert choice.name != "broken"
     assert choice.skipped[0][0] == "broken"
     assert reason in choice.skipped[0][1]

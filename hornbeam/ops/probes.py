@@ -1,0 +1,105 @@
+"""The smallest real use of each op, by which a backend that promises more than it keeps is found out at start.
+
+A probe runs its op once on zeros, with the sizes of the model where kernels are compiled for them, and raises what
+the backend raises. Results are not compared: that is what tests are for.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hornbeam.ops.activation.contract import Activation
+from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape, Rows
+from hornbeam.ops.cache_write.contract import CacheWrite
+from hornbeam.ops.linear.contract import LinearProduct
+from hornbeam.ops.norm.contract import Norm
+from hornbeam.ops.query import OpQuery
+from hornbeam.ops.rope.contract import Rope
+from hornbeam.ops.sample.contract import Sample
+
+_MAX_PAGES = 4  # of the probe's page table
+
+
+class Probes:
+    """One per op, for the device and sizes of `query`."""
+
+    def __init__(self, query: OpQuery) -> None:
+        self._query = query
+        self._size = query.num_heads * query.head_dim
+        self._device = torch.device(query.device)
+        self._zeros = partial(torch.zeros, dtype=getattr(torch, query.dtype), device=self._device)
+
+    def activation(self, backend: Activation) -> None:
+        """One token."""
+        backend.silu_mul(self._zeros(1, 2 * self._size))
+        self._wait()
+
+    def attention(self, backend: AttentionBackend) -> None:
+        """A row that decodes, and one with two queries."""
+        query = self._query
+        shape = AttentionShape(
+            num_heads=query.num_heads,
+            num_kv_heads=query.num_kv_heads,
+            head_dim=query.head_dim,
+            page_size=query.page_size,
+            max_pages=_MAX_PAGES,
+            scale=1.0,
+            window=query.window,
+            dtype=getattr(torch, query.dtype),
+            device=self._device,
+        )
+        attention = backend.create(shape, max_rows=1)
+        pages = self._pages()
+        for plan, num_queries in ((attention.plan_decode, 1), (attention.plan_prefill, 2)):
+            rows = Rows(
+                page_tables=self._integers(2, _MAX_PAGES, dtype=torch.int32),
+                slots=self._integers(1),
+                lens=self._integers(1, dtype=torch.int32) + num_queries,
+                len_bounds=(num_queries,),
+                query_lens=(num_queries,),
+            )
+            plan(rows)(self._zeros(num_queries, query.num_heads, query.head_dim), pages, pages)
+        self._wait()
+
+    def cache_write(self, backend: CacheWrite) -> None:
+        """One token."""
+        k = self._zeros(1, self._query.num_kv_heads, self._query.head_dim)
+        backend.write(k, k, self._pages(), self._pages(), self._integers(1))
+        self._wait()
+
+    def linear(self, backend: LinearProduct) -> None:
+        """One row and two."""
+        for num_rows in (1, 2):
+            backend.linear(self._zeros(num_rows, self._size), self._zeros(16, self._size), None)
+        self._wait()
+
+    def norm(self, backend: Norm) -> None:
+        """One token, with and without a residual."""
+        x, weight = self._zeros(1, self._size), self._zeros(self._size)
+        backend.rms_norm(x, weight, 1e-6)
+        backend.add_rms_norm(x, self._zeros(1, self._size), weight, 1e-6)
+        self._wait()
+
+    def rope(self, backend: Rope) -> None:
+        """One token."""
+        query = self._query
+        q, k = self._zeros(1, query.num_heads, query.head_dim), self._zeros(1, query.num_kv_heads, query.head_dim)
+        backend.rotate(q, k, self._integers(1), torch.zeros(1, query.head_dim, device=self._device))
+        self._wait()
+
+    def sample(self, backend: Sample) -> None:
+        """One row."""
+        temperatures = torch.ones(1, device=self._device)
+        backend.sample(self._zeros(1, 64), temperatures, self._integers(1), self._integers(1))
+        self._wait()
+
+    def _pages(self) -> Tensor:
+        return self._zeros(1, self._query.page_size, self._query.num_kv_heads, self._query.head_dim)
+
+    def _integers(self, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self._device)
+
+    def _wait(self) -> None:
+        """A device tells of a failed kernel only when it is waited for."""
+        torch.zeros(1, device=self._device).item()
