@@ -23,16 +23,22 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     dtype: str  # of the checkpoint: "bfloat16", "float32", ...
+    attention_scale: float | None = None  # of the products of queries and keys; None: head_dim ** -0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where a checkpoint tensor goes: `parameter` of the model, as part `part` of it if several are fused."""
+    """Where a checkpoint tensor goes: `parameter` of the model, as part `part` of it if several are fused.
+
+    unpermute_heads undoes GGUF's order of rotary rows; ungroup_heads takes apart a tensor that holds, for each
+    key-value head, its queries, key and value.
+    """
 
     parameter: str
-    part: int = 0
-    transform: Literal["none", "unpermute_heads"] = "none"  # unpermute_heads: undo GGUF's rotary row order
-    heads: int = 0  # for unpermute_heads
+    part: int | None = 0  # None: the tensor holds all parts
+    transform: Literal["none", "unpermute_heads", "ungroup_heads"] = "none"
+    heads: int = 0  # heads in the tensor (ungroup_heads: key-value heads)
+    head_dim: int = 0  # for ungroup_heads
 
 
 class ModelFamily(Protocol):

@@ -1,4 +1,4 @@
-"""RMS normalisation with its weight."""
+"""RMS normalisation with its weight: of hidden rows, and of queries and keys."""
 
 from torch import Tensor, nn
 
@@ -20,3 +20,26 @@ class RMSNorm(nn.Module):
         if residual is None:
             return self._norm.rms_norm(x, self.weight, self._eps)
         return self._norm.add_rms_norm(x, residual, self.weight, self._eps)
+
+
+class QueryKeyNorm(nn.Module):
+    """Normalises queries and keys, each head for itself or all heads of a token together."""
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, context: BuildContext, *, per_head: bool
+    ) -> None:
+        super().__init__()
+        axis = context.grid.attn_tp
+        self._sizes = tuple(axis.share(heads, "heads") * head_dim for heads in (num_heads, num_kv_heads))
+        query_size, key_size = (head_dim, head_dim) if per_head else self._sizes
+        self.query = RMSNorm(query_size, eps, context)
+        self.key = RMSNorm(key_size, eps, context)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """[T, (Hq + 2 Hk) D], of which queries and keys are normalised in place; returned."""
+        start = 0
+        for norm, size in zip((self.query, self.key), self._sizes, strict=True):
+            part = qkv[:, start : start + size]
+            part.copy_(norm(part.reshape(-1, norm.weight.shape[0])).view(part.shape))
+            start += size
+        return qkv

@@ -13,7 +13,17 @@ from hornbeam.weights.wheel import WheelFile
 
 ARCHITECTURES: dict[str, str] = {
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "llama",
+    "Qwen3ForCausalLM": "llama",
+    "SmolLM3ForCausalLM": "llama",
+    "Phi3ForCausalLM": "llama",
+    "GraniteForCausalLM": "llama",
+    "Olmo2ForCausalLM": "llama",
+    "InternLM2ForCausalLM": "llama",
     "gguf:llama": "llama",
+    "gguf:qwen2": "llama",
+    "gguf:qwen3": "llama",
 }
 FAMILIES: Registry[None, ModelFamily] = Registry("models", {"llama": "hornbeam.models.llama.spec:FAMILY"})
 

@@ -40,10 +40,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, weight_map: Mapping[s
         total=total, desc="Loading weights", unit="B", unit_scale=True, delay=_PROGRESS_DELAY, disable=None
     ) as progress:
         for name, tensor in checkpoint.source.read(targets):
-            placement = weight_map[name]
-            if placement.transform == "unpermute_heads":
-                tensor = unpermute_heads(tensor, placement.heads)
-            targets[name].copy_(tensor)
+            targets[name].copy_(_transformed(tensor, weight_map[name]))
             progress.update(targets[name].nbytes)
 
 
@@ -75,20 +72,45 @@ def unpermute_heads(tensor: Tensor, num_heads: int) -> Tensor:
     return heads.transpose(1, 2).reshape(tensor.shape)
 
 
+def ungroup_heads(tensor: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
+    """From each key-value head's queries, key and value to all queries, all keys, all values.
+
+    tensor: [num_kv_heads * (queries per head + 2) * head_dim, ...]; returns the same shape.
+    """
+    groups = tensor.view(num_kv_heads, -1, head_dim, *tensor.shape[1:])
+    return torch.cat([part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])])
+
+
+def _transformed(tensor: Tensor, placement: Placement) -> Tensor:
+    match placement.transform:
+        case "unpermute_heads":
+            return unpermute_heads(tensor, placement.heads)
+        case "ungroup_heads":
+            return ungroup_heads(tensor, placement.heads, placement.head_dim)
+        case "none":
+            return tensor
+
+
 def _target(model: nn.Module, placement: Placement) -> Tensor:
     """The parameter, or the rows of it, that `placement` means: a view to write through."""
     parameter = model.get_parameter(placement.parameter).detach()
     owner = model.get_submodule(placement.parameter.rpartition(".")[0])
-    return parameter.split_with_sizes(owner.parts)[placement.part] if isinstance(owner, Linear) else parameter
+    if placement.part is None or not isinstance(owner, Linear):
+        return parameter
+    return parameter.split_with_sizes(owner.parts)[placement.part]
 
 
 def _check_coverage(model: nn.Module, weight_map: Mapping[str, Placement]) -> None:
     """A family's map must fill every part of every parameter of its own model, or memory stays uninitialised."""
-    expected: set[tuple[str, int]] = set()
+    num_parts: dict[str, int] = {}
     for name, _ in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        expected |= {(name, part) for part in range(len(owner.parts) if isinstance(owner, Linear) else 1)}
-    filled = {(placement.parameter, placement.part) for placement in weight_map.values()}
+        num_parts[name] = len(owner.parts) if isinstance(owner, Linear) else 1
+    expected = {(name, part) for name, count in num_parts.items() for part in range(count)}
+    filled: set[tuple[str, int]] = set()
+    for place in weight_map.values():
+        parts = range(num_parts[place.parameter]) if place.part is None else (place.part,)
+        filled |= {(place.parameter, part) for part in parts}
     assert filled == expected, f"weight map and model disagree on {sorted(filled ^ expected)}"
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from hornbeam.core.errors import ConfigError, FamilyUnavailable
 from hornbeam.models.index import ARCHITECTURES, FAMILIES, find_family
+from hornbeam.models.llama.rows import ROWS
 
 pytestmark = pytest.mark.pure
 
@@ -19,6 +20,10 @@ def test_each_architecture_has_a_family() -> None:
     assert set(ARCHITECTURES.values()) <= set(FAMILIES.names())
     for architecture, family in ARCHITECTURES.items():
         assert find_family({"architectures": [architecture]}).name == family
+
+
+def test_each_row_of_the_dense_family_can_be_found() -> None:
+    assert {name for name, family in ARCHITECTURES.items() if family == "llama"} == ROWS.keys()
 
 
 def test_the_first_known_architecture_counts() -> None:

@@ -1,4 +1,4 @@
-"""The Llama-like decoder: pre-norm blocks of grouped-query attention with rotary positions and a gated SiLU layer."""
+"""The Llama-like decoder: blocks of grouped-query attention with rotary positions and a gated SiLU layer."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ from hornbeam.layers.attention import Attention, Rotary
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.linear import Embedding, Head, Linear
-from hornbeam.layers.norm import RMSNorm
+from hornbeam.layers.norm import QueryKeyNorm, RMSNorm
 from hornbeam.ops.rope.frequencies import rope_table
 
 if TYPE_CHECKING:
@@ -22,14 +22,20 @@ class LlamaAttention(nn.Module):
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         parts = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-        bias = config.attention_bias
-        self.qkv = Linear(config.hidden_size, parts, context, bias=bias, split="out")
+        self.qkv = Linear(config.hidden_size, parts, context, bias=config.qkv_bias, split="out")
+        self.norm: QueryKeyNorm | None = None
+        if config.qk_norm != "none":
+            per_head, eps = config.qk_norm == "head", config.rms_norm_eps
+            self.norm = QueryKeyNorm(heads, kv_heads, head_dim, eps, context, per_head=per_head)
         self.attend = Attention(layer, heads, kv_heads, head_dim, context)
-        self.output = Linear(heads * head_dim, (config.hidden_size,), context, bias=bias, split="in")
+        self.output = Linear(heads * head_dim, (config.hidden_size,), context, bias=config.output_bias, split="in")
 
-    def forward(self, x: Tensor, rotary: Rotary, positions: Tensor, fwd: Forward) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, positions: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, H]."""
-        return self.output(self.attend(self.qkv(x, fwd), rotary, positions, fwd), fwd)
+        qkv = self.qkv(x, fwd)
+        if self.norm is not None:
+            qkv = self.norm(qkv)
+        return self.output(self.attend(qkv, rotary, positions, fwd), fwd)
 
 
 class LlamaMLP(nn.Module):
@@ -48,7 +54,7 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """One layer. `residual` is the running sum; each half adds its input to it and returns its own output."""
+    """One layer, pre-norm. `residual` is the running sum; each half adds its input to it, then returns its output."""
 
     def __init__(self, config: "LlamaConfig", layer: int, context: BuildContext) -> None:
         super().__init__()
@@ -56,15 +62,27 @@ class LlamaBlock(nn.Module):
         self.attention = LlamaAttention(config, layer, context)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
         self.mlp = LlamaMLP(config, context)
+        self._multiplier = config.residual_multiplier
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, rotary: Rotary, positions: Tensor, fwd: Forward
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, residual: Tensor | None, rotary: Rotary | None, positions: Tensor, fwd: Forward
+    ) -> tuple[Tensor, Tensor | None]:
         """x [T, H], residual [T, H] or None in the first layer -> the block's output and the sum up to it."""
         normed = self.attention_norm(x, residual)
         residual = x if residual is None else residual
-        x = self.attention(normed, rotary, positions, fwd)
-        return self.mlp(self.mlp_norm(x, residual), fwd), residual
+        x = scaled(self.attention(normed, rotary, positions, fwd), self._multiplier)
+        return scaled(self.mlp(self.mlp_norm(x, residual), fwd), self._multiplier), residual
+
+
+class PostNormBlock(LlamaBlock):
+    """One layer that norms what its halves return, not what they take; its output is the sum itself."""
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rotary: Rotary | None, positions: Tensor, fwd: Forward
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [T, H], residual None -> the sum [T, H], None."""
+        x = x + self.attention_norm(self.attention(x, rotary, positions, fwd))
+        return x + self.mlp_norm(self.mlp(x, fwd)), None
 
 
 class LlamaModel(nn.Module):
@@ -73,20 +91,27 @@ class LlamaModel(nn.Module):
     def __init__(self, config: "LlamaConfig", context: BuildContext) -> None:
         super().__init__()
         self.embed = Embedding(config.vocab_size, config.hidden_size, context)
-        self.layers = nn.ModuleList(LlamaBlock(config, layer, context) for layer in range(config.num_layers))
+        block = PostNormBlock if config.post_norm else LlamaBlock
+        self.layers = nn.ModuleList(block(config, layer, context) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
         tied = self.embed if config.tie_word_embeddings else None
         self.head = Head(config.vocab_size, config.hidden_size, context, tied)
-        table = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, context.context_len)
-        self.rotary = Rotary(table, context)
+        rope = config.rope
+        self.rotary = Rotary(rope_table(rope.dim, rope.theta, rope.scaling, context.context_len), context)
+        self._config = config
 
     def forward(self, ids: Tensor, positions: Tensor, fwd: Forward) -> Tensor:
         """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm."""
-        x, residual = self.embed(ids, fwd), None
-        for layer in self.layers:
-            x, residual = layer(x, residual, self.rotary, positions, fwd)
+        x, residual = scaled(self.embed(ids, fwd), self._config.embedding_multiplier), None
+        for layer, rotates in zip(self.layers, self._config.rotary_layers, strict=True):
+            x, residual = layer(x, residual, self.rotary if rotates else None, positions, fwd)
         return self.norm(x, residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, H] -> [R, V]."""
-        return self.head(hidden)
+        return scaled(self.head(hidden), 1 / self._config.logits_divisor)
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x * factor; most models scale nothing."""
+    return x if factor == 1 else x * factor

@@ -1,37 +1,43 @@
 """What the Llama-like dense family is, as data: how its configs are read, what it caches, what it is made of.
 
-Llama and SmolLM2 are rows of it: they differ only in sizes, tied embeddings and rotary settings. Imports no torch.
+Which models it serves, and how they differ, stands in `rows`. Imports no torch.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hornbeam.core.cache_spec import CacheSpec
+from hornbeam.core.config_reader import ConfigReader
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import ModelConfig, Placement
+from hornbeam.models.llama.rows import ROWS, Layout, Row
 from hornbeam.models.llama.weights import weight_map
-from hornbeam.ops.rope.scaling import RopeScaling
+from hornbeam.ops.rope.scaling import RopeSettings, YarnScaling, parse_rope
 
 if TYPE_CHECKING:
     from hornbeam.layers.context import BuildContext
     from hornbeam.models.llama.model import LlamaModel
-
-_DTYPES = ("float32", "bfloat16", "float16")
-_DEFAULT_ROPE_THETA = 10000.0  # of configs that name none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaConfig(ModelConfig):
     """Sizes and switches of one model of the family."""
 
+    layout: Layout  # of the checkpoint's projections
     intermediate_size: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    rope: RopeSettings
+    rotary_layers: tuple[bool, ...]  # whether each layer rotates
     tie_word_embeddings: bool
-    attention_bias: bool  # of all four projections
+    qkv_bias: bool
+    output_bias: bool  # of attention
     mlp_bias: bool
+    qk_norm: Literal["none", "head", "whole"]  # over each head, or over all heads of a token
+    post_norm: bool  # norms behind attention and MLP instead of before them
+    embedding_multiplier: float
+    residual_multiplier: float  # of what attention and MLP add
+    logits_divisor: float
 
 
 class LlamaFamily:
@@ -41,34 +47,47 @@ class LlamaFamily:
 
     def parse(self, hf_config: Mapping[str, Any]) -> LlamaConfig:
         """Read a Hugging Face config. Raises ConfigError for what is missing, malformed or not implemented."""
-        read = _Reader(hf_config)
+        read = ConfigReader(hf_config)
+        architecture = str(hf_config["architectures"][0])
+        row = ROWS.get(architecture, Row())
         num_heads, hidden_size = read.size("num_attention_heads"), read.size("hidden_size")
         head_dim = read.size("head_dim", hidden_size // num_heads)
         num_kv_heads = read.size("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise ConfigError(f"the config's {num_heads} heads do not divide over {num_kv_heads} key-value heads")
-        read.only("hidden_act", "silu")
-        read.only("rotary_dim", head_dim)
-        for unsupported in ("sliding_window", "num_local_experts", "quantization_config"):
-            read.only(unsupported, None)
-        rope_theta, rope_scaling = _parse_rope(read)
+        context_len = read.size("max_position_embeddings")
+        rope = parse_rope(read, head_dim, context_len)
+        if isinstance(rope.scaling, YarnScaling):
+            context_len = max(context_len, int(rope.scaling.factor * rope.scaling.original_context_len))
+        _refuse_other_mathematics(read, row, context_len)
+        num_layers = read.size("num_hidden_layers")
+        attention_bias = read.switch("attention_bias")
+        multiplier = _multipliers(read) if row.multipliers else {}
         return LlamaConfig(
-            architecture=str(hf_config["architectures"][0]),
-            num_layers=read.size("num_hidden_layers"),
+            architecture=architecture,
+            num_layers=num_layers,
             hidden_size=hidden_size,
             vocab_size=read.size("vocab_size"),
-            context_len=read.size("max_position_embeddings"),
+            context_len=context_len,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            dtype=_parse_dtype(read),
+            dtype=read.dtype(),
+            attention_scale=multiplier.get("attention_multiplier"),
+            layout=row.layout,
             intermediate_size=read.size("intermediate_size"),
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            tie_word_embeddings=read.switch("tie_word_embeddings"),
-            attention_bias=read.switch("attention_bias"),
+            rope=rope,
+            rotary_layers=_rotary_layers(read, row, num_layers),
+            tie_word_embeddings=read.switch("tie_word_embeddings", row.tied_head),
+            qkv_bias=attention_bias if row.qkv_bias is None else row.qkv_bias,
+            output_bias=attention_bias and row.qkv_bias is None,
             mlp_bias=read.switch("mlp_bias"),
+            qk_norm=row.qk_norm,
+            post_norm=row.post_norm,
+            embedding_multiplier=multiplier.get("embedding_multiplier", 1.0),
+            residual_multiplier=multiplier.get("residual_multiplier", 1.0),
+            logits_divisor=multiplier.get("logits_scaling", 1.0),
         )
 
     def cache_specs(self, config: LlamaConfig) -> tuple[CacheSpec, ...]:
@@ -95,70 +114,31 @@ class LlamaFamily:
 FAMILY = LlamaFamily()
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Typed access to a config; null counts as absent."""
-
-    values: Mapping[str, Any]
-
-    def size(self, name: str, default: int | None = None) -> int:
-        value = self._value(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"the config's {name} must be a positive integer, not {value!r}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._value(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            raise ConfigError(f"the config's {name} must be a positive number, not {value!r}")
-        return float(value)
-
-    def switch(self, name: str) -> bool:
-        value = self._value(name, False)
-        if not isinstance(value, bool):
-            raise ConfigError(f"the config's {name} must be true or false, not {value!r}")
-        return value
-
-    def only(self, name: str, supported: Any) -> None:
-        """Refuse a setting that would change the mathematics."""
-        value = self.values.get(name)
-        if value not in (None, supported):
-            raise ConfigError(f"this family does not implement {name} = {value!r} (only {supported!r})")
-
-    def _value(self, name: str, default: Any) -> Any:
-        value = self.values.get(name)
-        if value is None and default is None:
-            raise ConfigError(f"the model's config lacks {name}")
-        return default if value is None else value
+def _refuse_other_mathematics(read: ConfigReader, row: Row, context_len: int) -> None:
+    read.only("hidden_act", "silu")
+    read.only("bias", False)
+    for unsupported in ("num_local_experts", "quantization_config"):
+        read.only(unsupported, None)
+    if row.window_switch is not None and not read.switch(row.window_switch):
+        return
+    window = read.values.get("sliding_window")
+    if window is not None and window < context_len:  # a window over everything is none
+        raise ConfigError(
+            f"this family does not implement sliding_window = {window} yet; in contexts no longer than the window it "
+            f"makes no difference: --json-model-override-args '{{\"max_position_embeddings\": {window}}}'"
+        )
 
 
-def _parse_dtype(read: _Reader) -> str:
-    dtype = read.values.get("dtype") or read.values.get("torch_dtype") or "float32"
-    if dtype not in _DTYPES:
-        raise ConfigError(f"the config's dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
-    return str(dtype)
+def _multipliers(read: ConfigReader) -> dict[str, float]:
+    names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+    return {name: read.number(name, 1.0) for name in names}
 
 
-def _parse_rope(read: _Reader) -> tuple[float, RopeScaling | None]:
-    """Base and scaling: `rope_parameters` holds both since transformers 5, before they were two keys."""
-    settings = read.values.get("rope_parameters") or read.values.get("rope_scaling") or {}
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"the config's rotary settings must be an object, not {settings!r}")
-    rope = _Reader(settings)
-    rope.only("partial_rotary_factor", 1.0)
-    theta = rope.number("rope_theta", read.number("rope_theta", _DEFAULT_ROPE_THETA))
-    kind = settings.get("rope_type") or settings.get("type") or "default"
-    match kind:
-        case "default":
-            return theta, None
-        case "linear":
-            return theta, RopeScaling(kind="linear", factor=rope.number("factor"))
-        case "llama3":
-            return theta, RopeScaling(
-                kind="wavelength",
-                factor=rope.number("factor"),
-                low_freq_factor=rope.number("low_freq_factor"),
-                high_freq_factor=rope.number("high_freq_factor"),
-                original_context_len=rope.size("original_max_position_embeddings"),
-            )
-    raise ConfigError(f"this family does not implement rotary scaling {kind!r} (only default, linear and llama3)")
+def _rotary_layers(read: ConfigReader, row: Row, num_layers: int) -> tuple[bool, ...]:
+    """The config lists 1 for layers that rotate (under `no_rope_layers`), or leaves out every so-many-th."""
+    if row.plain_layer_interval is None:
+        return (True,) * num_layers
+    if read.values.get("no_rope_layers") is not None:
+        return tuple(flag != 0 for flag in read.numbers("no_rope_layers", num_layers))
+    interval = read.size("no_rope_layer_interval", row.plain_layer_interval)
+    return tuple((layer + 1) % interval != 0 for layer in range(num_layers))

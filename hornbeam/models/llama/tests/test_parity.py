@@ -6,18 +6,27 @@ from typing import Any
 import pytest
 import torch
 from harness import Sequence, as_tensor, make_engine
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 pytestmark = pytest.mark.cpu
 
 NUM_NEW = 12
 PROMPT = [int(x) for x in torch.randint(0, 300, (53,), generator=torch.Generator().manual_seed(1))]
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 ROWS: dict[str, dict[str, Any]] = {
-    "grouped heads, untied": {},
-    "tied head": {"tie_word_embeddings": True},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "own head size": {"head_dim": 32},
-    "llama3 rope": {
+    "llama": {},
+    "llama, tied head": {"tie_word_embeddings": True},
+    "llama, biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, own head size": {"head_dim": 32},
+    "llama, llama3 rope": {
         "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 10000.0,
@@ -27,14 +36,30 @@ ROWS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 32,
         }
     },
-    "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    "llama, linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    "llama, dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    "llama, yarn rope": {"rope_parameters": YARN},
+    "llama, yarn rope weighed": {
+        "rope_parameters": YARN | {"mscale": 1.2, "mscale_all_dim": 0.7, "beta_fast": 16.0, "truncate": False}
+    },
+    "mistral": {"sliding_window": None},
+    "mistral, wide window": {"sliding_window": 256},
+    "qwen2": {},
+    "qwen3": {"head_dim": 24},
+    "smollm3": {"num_hidden_layers": 4},
+    "smollm3, own layers": {"no_rope_layers": [0, 1, 0], "tie_word_embeddings": False},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "phi3, longrope": {"rope_parameters": LONG, "original_max_position_embeddings": 32},
+    "granite": GRANITE,
+    "olmo2": {},
 }
 
 
-@pytest.fixture(scope="module", params=ROWS, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(scope="module", params=ROWS, ids=lambda name: name.replace(", ", "-").replace(" ", "_"))
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        request.param.partition(",")[0],
         **{
             "vocab_size": 300,
             "hidden_size": 64,
@@ -43,12 +68,14 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 256,
-            "tie_word_embeddings": False,
             "initializer_range": 0.2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
             **ROWS[request.param],
-        }
+        },
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)

@@ -6,7 +6,7 @@ import pytest
 
 from hornbeam.core.errors import ConfigError
 from hornbeam.models.llama.spec import FAMILY
-from hornbeam.ops.rope.scaling import RopeScaling
+from hornbeam.ops.rope.scaling import LinearScaling, RopeScaling, WavelengthScaling
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -22,9 +22,7 @@ BASE = {
     "torch_dtype": "bfloat16",
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-SCALING = RopeScaling(
-    kind="wavelength", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_len=8192
-)
+SCALING = WavelengthScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_len=8192)
 
 
 @pytest.mark.pure
@@ -32,8 +30,8 @@ def test_a_plain_config() -> None:
     config = FAMILY.parse(BASE)
     assert (config.architecture, config.dtype, config.head_dim) == ("LlamaForCausalLM", "bfloat16", 8)
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.context_len) == (2, 4, 2, 64)
-    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
-    assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
+    assert (config.rope.theta, config.rope.scaling) == (10000.0, None)
+    assert (config.tie_word_embeddings, config.qkv_bias, config.output_bias, config.mlp_bias) == (False,) * 4
     (spec,) = FAMILY.cache_specs(config)
     assert (spec.kind, spec.layers, spec.row_shapes, spec.dtype) == ("full", (0, 1), ((2, 8), (2, 8)), "bfloat16")
 
@@ -44,14 +42,14 @@ def test_a_plain_config() -> None:
     [
         ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, 5e5, SCALING),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, 5e5, SCALING),
-        ({"rope_theta": 5, "rope_scaling": {"type": "linear", "factor": 2}}, 5.0, RopeScaling(kind="linear", factor=2)),
+        ({"rope_theta": 5, "rope_scaling": {"type": "linear", "factor": 2}}, 5.0, LinearScaling(factor=2.0)),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, 7.0, None),
         ({"rope_theta": 7.0, "rope_scaling": None}, 7.0, None),
     ],
 )
 def test_both_spellings_of_rotary_settings(settings: dict[str, Any], theta: float, scaling: RopeScaling | None) -> None:
     config = FAMILY.parse(BASE | settings)
-    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+    assert (config.rope.theta, config.rope.scaling) == (theta, scaling)
 
 
 @pytest.mark.pure
@@ -59,12 +57,13 @@ def test_both_spellings_of_rotary_settings(settings: dict[str, Any], theta: floa
     ("settings", "reason"),
     [
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling 'yarn'"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "rotary scaling 'spiral'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
         ({"rope_scaling": "linear"}, "must be an object"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"rotary_dim": 4}, "rotary_dim = 4"),
-        ({"sliding_window": 4096}, "sliding_window"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.4}}, "rotary_dim = 3"),
+        ({"rotary_dim": 16}, "rotary_dim = 16"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": 2}}, "list of 4 numbers"),
+        ({"sliding_window": 32}, "sliding_window = 32"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"hidden_size": None}, "lacks hidden_size"),
@@ -79,6 +78,28 @@ def test_both_spellings_of_rotary_settings(settings: dict[str, Any], theta: floa
 def test_what_is_not_implemented_is_refused_by_name(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         FAMILY.parse(BASE | settings)
+
+
+@pytest.mark.pure
+def test_a_window_that_hides_nothing_is_none() -> None:
+    assert FAMILY.parse(BASE | {"architectures": ["MistralForCausalLM"], "sliding_window": 64}).context_len == 64
+    switched = BASE | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32}
+    assert FAMILY.parse(switched | {"use_sliding_window": False}).qkv_bias
+    with pytest.raises(ConfigError, match="sliding_window = 32"):
+        FAMILY.parse(switched | {"use_sliding_window": True})
+
+
+@pytest.mark.pure
+def test_yarn_widens_the_context() -> None:
+    yarn = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
+    assert FAMILY.parse(BASE | yarn).context_len == 256
+
+
+@pytest.mark.pure
+def test_what_a_row_says_where_the_config_does_not() -> None:
+    config = FAMILY.parse(BASE | {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 5})
+    assert config.rotary_layers == (True, True, True, False, True)
+    assert config.tie_word_embeddings
 
 
 @pytest.mark.pure
@@ -115,4 +136,4 @@ def test_a_config_that_transformers_writes() -> None:
         rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3},
     )
     config = FAMILY.parse(written.to_dict())
-    assert (config.rope_theta, config.rope_scaling, config.rms_norm_eps) == (5e5, SCALING, 1e-5)
+    assert (config.rope.theta, config.rope.scaling, config.rms_norm_eps) == (5e5, SCALING, 1e-5)

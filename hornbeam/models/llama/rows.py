@@ -1,0 +1,39 @@
+"""The models of the Llama-like family, as rows: how each differs from Llama. Imports no torch.
+
+A difference that a config states by itself (sizes, rotary settings, biases by the usual switches) is no column here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["separate", "fused", "grouped"]  # of a checkpoint's projections; see `weights`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What holds for all models of an architecture, where config.json does not say otherwise."""
+
+    layout: Layout = "separate"
+    tied_head: bool = False
+    qkv_bias: bool | None = None  # None: as the config's attention_bias says, which then holds for the output too
+    qk_norm: Literal["none", "head", "whole"] = "none"
+    post_norm: bool = False
+    multipliers: bool = False  # of embeddings, residuals, attention and logits, by the config
+    plain_layer_interval: int | None = None  # each so-many-th layer rotates nothing
+    window_switch: str | None = None  # the config's sliding_window counts only where this switch is on
+
+
+ROWS: dict[str, Row] = {
+    "LlamaForCausalLM": Row(),
+    "MistralForCausalLM": Row(),
+    "Qwen2ForCausalLM": Row(qkv_bias=True, window_switch="use_sliding_window"),
+    "Qwen3ForCausalLM": Row(qk_norm="head", window_switch="use_sliding_window"),
+    "SmolLM3ForCausalLM": Row(tied_head=True, plain_layer_interval=4, window_switch="use_sliding_window"),
+    "Phi3ForCausalLM": Row(layout="fused"),
+    "GraniteForCausalLM": Row(multipliers=True),
+    "Olmo2ForCausalLM": Row(qk_norm="whole", post_norm=True),
+    "InternLM2ForCausalLM": Row(layout="grouped"),
+    "gguf:llama": Row(),
+    "gguf:qwen2": Row(qkv_bias=True),
+    "gguf:qwen3": Row(qk_norm="head"),
+}
