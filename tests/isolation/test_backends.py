@@ -35,11 +35,13 @@ BROKEN = {
         "needs a newer device",
     ),
     "lies-in-supports": (
-        "class Backend:\n"
-        "    captures = True\n"
-        "    def supports(self, query):\n        return None\n"
-        "    def __getattr__(self, name):\n        raise RuntimeError('no kernel image for this device')\n"
-        "BACKEND = Backend()",
+        (
+            "class Backend:\n"
+            "    captures = True\n"
+            "    def supports(self, query):\n        return None\n"
+            "    def __getattr__(self, name):\n        raise RuntimeError('no kernel image for this device')\n"
+            "BACKEND = Backend()"
+        ),
         "no kernel image for this device",
     ),
 }
