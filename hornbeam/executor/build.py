@@ -12,6 +12,7 @@ from hornbeam.cache.pool import CachePool, page_bytes, pages_that_fit
 from hornbeam.comm.grid import Grid
 from hornbeam.config.components import EngineOptions
 from hornbeam.core.cache_spec import CacheSpec
+from hornbeam.core.errors import FamilyUnavailable, HornbeamError
 from hornbeam.core.family import ModelConfig, ModelFamily
 from hornbeam.executor.executor import Executor
 from hornbeam.executor.runner import NUM_LANES, Runner
@@ -116,7 +117,12 @@ def _load(
         device=platform.device,
         context_len=options.model.context_len,
     )
-    model = family.build(config, context)
+    try:
+        model = family.build(config, context)
+    except (HornbeamError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # its spec could be imported, but its model is broken
+        raise FamilyUnavailable(family.name, error) from error
     if checkpoint.format == "dummy":
         draw_dummy(model, options.model.seed)
     else:

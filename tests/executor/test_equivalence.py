@@ -1,6 +1,7 @@
 """Scheduler and executor together: how a batch is run never changes what it says (greedy, float32)."""
 
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from harness import BuiltEngine, make_engine
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hornbeam.core.errors import FamilyUnavailable
 from hornbeam.core.request import Request, SamplingParams
 from hornbeam.platforms.contract import Pending
 
@@ -104,3 +106,11 @@ def test_seeded_sampling_does_not_depend_on_the_batch(checkpoint: Path) -> None:
     separately = {key: ids for request in requests for key, ids in run(engine, [request]).items()}
     assert together == separately
     assert len({tuple(ids) for ids in together.values()}) > 5
+
+
+def test_a_family_whose_model_cannot_be_imported_says_so(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hornbeam.models.llama.model", None)
+    with pytest.raises(
+        FamilyUnavailable, match=r"'llama' is unavailable: import of hornbeam.models.llama.model halted"
+    ):
+        make_engine(checkpoint)
