@@ -60,6 +60,9 @@ class PrefixTree:
         """Pages of the nodes without a lock; in a windowed group, of those that nobody holds."""
         return self._num_evictable[group]
 
+    def __contains__(self, namespace: str) -> bool:
+        return namespace in self._roots
+
     def root(self, namespace: str) -> Node:
         """The empty prefix of a namespace. Lock it if it is to be kept."""
         root = self._roots.get(namespace)
@@ -83,6 +86,18 @@ class PrefixTree:
         node can be locked.
         """
         self._clock += 1
+        path, length = self.follow(start, tokens, limit)
+        if path and path[-1].length > length:
+            path[-1] = self._split(path[-1], length - path[-1].start)
+        pages: tuple[list[int], ...] = tuple([] for _ in self._pools)
+        for node in path:
+            node.used_at = self._clock
+            for found, ids in zip(pages, node.pages, strict=True):
+                found.extend(ids or [PADDING_PAGE] * (len(node.key) // self._page_size))
+        return Match(node=path[-1] if path else start, length=length, pages=pages)
+
+    def follow(self, start: Node, tokens: list[int], limit: int) -> tuple[list[Node], int]:
+        """What `match` would find, and nothing changes: the nodes, in the last of which it may end, and the length."""
         node, position, length, unit = start, start.length, start.length, self._unit
         known = dict.fromkeys(self._windows, 0)  # per windowed group: from where on it has every row up to `position`
         path: list[Node] = []
@@ -102,15 +117,7 @@ class PrefixTree:
                 num_valid, length = len(path), position
             if common < len(child.key):
                 break
-        del path[num_valid:]
-        if path and path[-1].length > length:
-            path[-1] = self._split(path[-1], length - path[-1].start)
-        pages: tuple[list[int], ...] = tuple([] for _ in self._pools)
-        for node in path:
-            node.used_at = self._clock
-            for found, ids in zip(pages, node.pages, strict=True):
-                found.extend(ids or [PADDING_PAGE] * (len(node.key) // self._page_size))
-        return Match(node=path[-1] if path else start, length=length, pages=pages)
+        return path[:num_valid], length
 
     def extend(
         self, node: Node, tokens: list[int], length: int, pages: Sequence[list[int]], step_id: int = WRITTEN

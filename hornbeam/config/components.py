@@ -34,6 +34,11 @@ class SchedulerOptions:
     max_queued_requests: int | None
     chunked_prefill_size: int  # tokens of prompts per step
     seed: int  # of the requests that bring none
+    policy: str = "fcfs"  # "lpm", "dfs-weight", "lof", "random"
+    conservativeness: float = 1.0  # scales what is kept free for tokens to come
+    priorities: bool = False  # requests' priorities count
+    low_priority_first: bool = False  # the smaller number is the higher priority
+    preemption_gap: int | None = 10  # running requests give way to those that are so much higher; None: to nobody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = {"float": "float32", "half": "float16"}
 _DEFAULTS = {flag.name: flag.default for flag in FLAGS}
+_DEFAULT_GAP = _DEFAULTS["priority_scheduling_preemption_threshold"]
 DEFAULT_GRAPH_BATCH_SIZES = (1, 2, 4, 8, *range(16, 129, 8), *range(144, 257, 16))
 
 
@@ -89,6 +90,11 @@ def resolve_engine(
             max_queued_requests=pick("max_queued_requests"),
             chunked_prefill_size=chunk if chunk > 0 else context_len,
             seed=resolver.reasons["random_seed"].value,
+            policy=pick("schedule_policy"),
+            conservativeness=_conservativeness(resolver),
+            priorities=pick("enable_priority_scheduling"),
+            low_priority_first=pick("schedule_low_priority_values_first"),
+            preemption_gap=_preemption_gap(resolver),
         ),
         executor=ExecutorOptions(
             device=resolver.note("device", platform.name, why),
@@ -108,6 +114,18 @@ def _positive(resolver: _Resolver, name: str, derived: int, why: str) -> int:
     if value < 1:
         raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     return value
+
+
+def _conservativeness(resolver: _Resolver) -> float:
+    value: float = resolver.pick("schedule_conservativeness")
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"--schedule-conservativeness must be at least 0 and finite, not {value}")
+    return value
+
+
+def _preemption_gap(resolver: _Resolver) -> int | None:
+    gap = _positive(resolver, "priority_scheduling_preemption_threshold", _DEFAULT_GAP, "default")
+    return None if resolver.pick("disable_priority_preemption") else gap
 
 
 def _graph_batch_sizes(resolver: _Resolver, platform: PlatformFacts, max_running: int) -> tuple[int, ...]:

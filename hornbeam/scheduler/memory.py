@@ -97,6 +97,13 @@ class Memory:
                 return False
         return True
 
+    def known_prefix(self, state: RequestState) -> tuple[list[Node], int]:
+        """Of a waiting request: the tree's nodes that it could use, in the last of which it may end, and how far."""
+        if not self._radix or state.request.namespace not in self._tree:
+            return [], 0
+        root = self._tree.root(state.request.namespace)
+        return self._tree.follow(root, state.tokens, len(state.tokens) - 1)
+
     def attach(self, state: RequestState) -> None:
         """Give a waiting request a slot and the known prefix of its tokens. Undone by `release`."""
         state.slot = self._free_slots.pop()

@@ -1,4 +1,4 @@
-"""Who runs when: requests and results in, step plans and outputs out. First come, first served.
+"""Who runs when: requests and results in, step plans and outputs out.
 
 Steps overlap: `plan` may be called again before the results of earlier plans were applied. Planning therefore
 works with upper bounds (`kv_len`), which it never lets pass the ends that are known in advance; a stop is found when
@@ -17,12 +17,10 @@ from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import BadRequest, Overloaded
 from hornbeam.core.plan import Chunk, PageGrant, SlotStart, StepPlan, StepResult
 from hornbeam.core.request import Finish, Request, RequestOutput, Status
+from hornbeam.scheduler.admission import Limits, OutputEstimate, WaitingQueue
 from hornbeam.scheduler.memory import Memory
 from hornbeam.scheduler.state import RequestState, Step
 
-# Kept free per running request at admission, for what it will generate; in all at most this part of the pool.
-RESERVE_TOKENS = 64
-RESERVE_PART = 8
 # With pages smaller than this, a decode row takes several at once, so that page tables change rarely.
 GRANT_TOKENS = 16
 
@@ -77,12 +75,14 @@ class Scheduler:
             num_slots=options.max_running_requests,
             chunk_size=options.chunked_prefill_size,
         )
-        self._context_len = context_len
+        self._limits = Limits(
+            context_len=context_len, vocab_size=vocab_size, max_total_tokens=self._memory.max_total_tokens
+        )
+        self._estimate = OutputEstimate(options.conservativeness)
         self._eos_ids = eos_ids
-        self._vocab_size = vocab_size
         self._random = random.Random(options.seed)
         self._states: dict[str, RequestState] = {}  # all that have not finished
-        self._queue: deque[RequestState] = deque()  # waiting, by arrival
+        self._queue = WaitingQueue(options.policy, self._memory.known_prefix, self._precedence, options.seed)
         # Running requests are in exactly one of these three ordered sets, each ordered by arrival.
         self._prefilling: dict[RequestState, None] = {}
         self._decoding: dict[RequestState, None] = {}
@@ -148,11 +148,11 @@ class Scheduler:
             Overloaded: the queue is full.
         """
         num_prompt, sampling = len(request.prompt_ids), request.sampling
-        self._refuse_bad(request)
-        limit = self._options.max_queued_requests
-        if limit is not None and len(self._queue) >= limit:
-            raise Overloaded(f"the request queue is full: {limit} requests are waiting (--max-queued-requests)")
-        room = self._context_len - num_prompt
+        if request.rid in self._states:
+            raise BadRequest(f"a request with id {request.rid!r} is in flight already; ids must be unique", "rid")
+        self._limits.check(request)
+        self._refuse_if_full(request)
+        room = self._limits.context_len - num_prompt
         max_new_tokens = room if sampling.max_new_tokens is None else min(sampling.max_new_tokens, room)
         eos_ids = frozenset() if sampling.ignore_eos else self._eos_ids
         state = RequestState(
@@ -164,7 +164,7 @@ class Scheduler:
         )
         self._num_submitted += 1
         self._states[request.rid] = state
-        self._queue.append(state)
+        self._queue.push(state)
 
     def abort(self, rid: str, *, keep_tokens: int | None = None, message: str = "Aborted") -> None:
         """End a request wherever it stands; an unknown `rid` (it may have just finished) is ignored.
@@ -259,10 +259,11 @@ class Scheduler:
             if num_tokens == 0:
                 return
             budget -= num_tokens
-        while budget > 0 and self._queue and self._memory.num_free_slots:
-            state = self._queue[0]
-            num_tokens = 0 if state in self._leaving else self._admit(state, budget, step)
+        while budget > 0 and (head := self._queue.head()) is not None:
+            ready = head not in self._leaving and self._memory.num_free_slots
+            num_tokens = self._admit(head, budget, step) if ready else 0
             if num_tokens == 0:
+                self._preempt(head)
                 return
             budget -= num_tokens
 
@@ -275,7 +276,7 @@ class Scheduler:
         if num_tokens == 0:
             self._memory.release(state)
             return 0
-        self._queue.popleft()
+        self._queue.remove(state)
         state.status = Status.RUNNING
         sampling, seed = state.request.sampling, state.seed
         step.starts.append(SlotStart(slot=state.slot, num_cached=num_cached, sampling=sampling, seed=seed))
@@ -289,8 +290,28 @@ class Scheduler:
         if self.num_running == 0:
             return True
         num_left = [other.prefill_end - other.kv_len for other in (*self._prefilling, state)]
-        reserve = min(RESERVE_TOKENS * self.num_running, self._memory.max_total_tokens // RESERVE_PART)
-        return self._memory.has_room(num_left, reserve)
+        running = (*self._decoding, *self._prefilling, *self._ending, state)
+        return self._memory.has_room(num_left, self._estimate.num_to_come(running))
+
+    def _preempt(self, head: RequestState) -> None:
+        """The head of the queue has to wait: retract a running request of a priority that is low enough."""
+        gap = self._options.preemption_gap
+        if not self._options.priorities or gap is None or self._leaving:
+            return
+        running = [*self._decoding, *self._prefilling]
+        if running:
+            victim = max(running, key=lambda state: (self._precedence(state), state.arrival))
+            if self._precedence(victim) - self._precedence(head) >= gap:
+                self._retract(victim)
+
+    def _precedence(self, state: RequestState) -> int:
+        """The smallest goes first."""
+        return self._rank(state.request)
+
+    def _rank(self, request: Request) -> int:
+        if not self._options.priorities:
+            return 0
+        return request.priority if self._options.low_priority_first else -request.priority
 
     def _plan_chunk(self, state: RequestState, budget: int, step: Step) -> int:
         """The next stretch of one prompt, at most `budget` tokens. Returns its length, 0 if it has to wait."""
@@ -332,10 +353,11 @@ class Scheduler:
         if self._leaving or self._ending:
             return False
         # Nobody runs: a retracted head of the queue may have grown beyond the pool, on pages that it shared.
-        candidates = [*self._decoding, *self._prefilling] or list(self._queue)[:1]
+        head = self._queue.head()
+        candidates = [*self._decoding, *self._prefilling] or ([] if head is None else [head])
         if not candidates:
             return False
-        victim = max(candidates, key=lambda state: state.arrival)
+        victim = max(candidates, key=lambda state: (self._precedence(state), state.arrival))
         if len(candidates) > 1:
             self._retract(victim)
             return True
@@ -355,7 +377,7 @@ class Scheduler:
         state.status = Status.WAITING
         state.num_retractions += 1
         self._total_retractions += 1
-        self._queue.appendleft(state)
+        self._queue.push_back(state)
         self._leave(state)
 
     # Results.
@@ -417,6 +439,8 @@ class Scheduler:
             self._queue.remove(state)
         else:
             self._drop_phase(state)
+        if finish.type != "abort":
+            self._estimate.learn(len(state.tokens) - state.num_prompt)
         self._total_prompt += state.num_prompt
         self._total_cached += state.num_cached
         state.status = Status.FINISHED
@@ -436,26 +460,13 @@ class Scheduler:
         elif state.node is not None and state not in self._leaving:
             self._memory.release(state)
 
-    def _refuse_bad(self, request: Request) -> None:
-        ids, num_prompt = request.prompt_ids, len(request.prompt_ids)
-        if request.rid in self._states:
-            raise BadRequest(f"a request with id {request.rid!r} is in flight already; ids must be unique", "rid")
-        if request.adapter is not None:
-            raise BadRequest("adapters are not supported yet", "lora_path")
-        if not ids:
-            raise BadRequest("the prompt is empty", "input_ids")
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
-            raise BadRequest(f"prompt token ids must be at least 0 and below {self._vocab_size}", "input_ids")
-        room_needed = 0 if request.sampling.max_new_tokens == 0 else 1
-        if num_prompt + room_needed > self._context_len:
-            raise BadRequest(
-                f"the prompt has {num_prompt} tokens; with the context length of {self._context_len} at most "
-                f"{self._context_len - room_needed} can be served",
-                "input_ids",
-            )
-        if num_prompt > self._memory.max_total_tokens:
-            raise BadRequest(
-                f"the prompt has {num_prompt} tokens, but the cache holds "
-                f"max_total_tokens={self._memory.max_total_tokens}",
-                "input_ids",
-            )
+    def _refuse_if_full(self, request: Request) -> None:
+        """The queue is bounded. With priorities a better request takes the place of the worst one that waits."""
+        limit = self._options.max_queued_requests
+        if limit is None or len(self._queue) < limit:
+            return
+        message = f"the request queue is full: {limit} requests are waiting (--max-queued-requests)"
+        worst = self._queue.worst() if len(self._queue) else None
+        if worst is None or worst.num_retractions or self._rank(request) >= self._precedence(worst):
+            raise Overloaded(message)
+        self._finish(worst, Finish(type="abort", message=message, status=Overloaded.status))

@@ -128,11 +128,14 @@ class Simulation:
         granularity: int = 1,
         context_len: int = 1000,
         queue: int | None = None,
+        **options: object,
     ) -> None:
         windows = windows or (None,) * groups
         layout = {"layers": (0,), "row_shapes": ((1, 4),), "dtype": "float32", "reuse_granularity": granularity}
         self.scheduler = Scheduler(
-            SchedulerOptions(max_running_requests=slots, max_queued_requests=queue, chunked_prefill_size=chunk, seed=1),
+            SchedulerOptions(
+                max_running_requests=slots, max_queued_requests=queue, chunked_prefill_size=chunk, seed=1, **options
+            ),
             CacheOptions(page_size=page_size, max_total_tokens=None, memory_fraction=0.5, radix=radix),
             specs=tuple(CacheSpec(kind="window" if size else "full", window=size, **layout) for size in windows),
             num_pages=tuple((window_pages if size else 0) or num_pages + g for g, size in enumerate(windows)),

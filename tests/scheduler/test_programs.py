@@ -10,6 +10,7 @@ from scheduler.simulation import Simulation, check_outputs, make, reference, tok
 
 from hornbeam.core.errors import BadRequest, Overloaded
 from hornbeam.core.request import Request
+from hornbeam.scheduler.admission import POLICIES, RANDOM
 
 pytestmark = pytest.mark.pure
 
@@ -37,6 +38,8 @@ def test_random_loads_in_random_small_pools(data: st.DataObject) -> None:
         windows=windows,
         window_pages=least + data.draw(st.integers(0, 8)) if None in windows else 0,
         radix=data.draw(st.booleans()),
+        policy=data.draw(st.sampled_from([*POLICIES, RANDOM])),
+        conservativeness=data.draw(st.sampled_from([0.0, 0.3, 1.0])),
     )
     requests = []
     for index in range(data.draw(st.integers(1, 10))):
@@ -73,10 +76,14 @@ class Programs(RuleBasedStateMachine):
         length=st.integers(1, 50),
         new=st.one_of(st.none(), st.integers(0, 40)),
         ignore_eos=st.booleans(),
+        priority=st.integers(0, 3),
     )
-    def submit(self, family: int, length: int, new: int | None, ignore_eos: bool) -> str:
+    def submit(self, family: int, length: int, new: int | None, ignore_eos: bool, priority: int) -> str:
         rid = f"r{len(self.requests)}"
-        request = make(rid, tokens_of(family, length), new, ignore_eos=ignore_eos, namespace=str(family // 2))
+        namespace = str(family // 2)
+        request = make(
+            rid, tokens_of(family, length), new, ignore_eos=ignore_eos, namespace=namespace, priority=priority
+        )
         try:
             self.simulation.submit(request)
             self.requests[rid] = request
@@ -146,6 +153,12 @@ class ProgramsWithWindows(Programs):
         }
 
 
+class ProgramsWithPriorities(Programs):
+    @staticmethod
+    def simulation_options() -> dict[str, object]:
+        return Programs.simulation_options() | {"priorities": True, "preemption_gap": 2, "policy": "lpm"}
+
+
 class ProgramsWithoutTree(Programs):
     @staticmethod
     def simulation_options() -> dict[str, object]:
@@ -158,5 +171,7 @@ TestPrograms = Programs.TestCase
 TestPrograms.settings = limits
 TestProgramsWithWindows = ProgramsWithWindows.TestCase
 TestProgramsWithWindows.settings = limits
+TestProgramsWithPriorities = ProgramsWithPriorities.TestCase
+TestProgramsWithPriorities.settings = limits
 TestProgramsWithoutTree = ProgramsWithoutTree.TestCase
 TestProgramsWithoutTree.settings = limits

@@ -38,7 +38,9 @@ def test_same_tokens_however_it_is_scheduled(depth: int, radix: bool, page_size:
 @pytest.mark.parametrize("radix", [True, False])
 @pytest.mark.parametrize(("page_size", "num_pages"), [(1, 75), (4, 20), (16, 6)])
 def test_same_tokens_after_retraction(depth: int, radix: bool, page_size: int, num_pages: int) -> None:
-    simulation = Simulation(depth=depth, radix=radix, page_size=page_size, num_pages=num_pages, chunk=32)
+    simulation = Simulation(
+        depth=depth, radix=radix, page_size=page_size, num_pages=num_pages, chunk=32, conservativeness=0.0
+    )
     requests = workload()
     simulation.submit(*requests)
     simulation.run()
