@@ -72,7 +72,8 @@ def _iq4_nl(raw: Tensor) -> Tensor:
 def _fields(packed: Tensor, run: int, bits: int) -> Tensor:
     """Unpack uint8 [N, B] to [N, B * 8 / bits]: of each run of bytes first all lowest `bits`, then the next."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
-    return ((packed.reshape(len(packed), -1, 1, run) >> shifts) & (2**bits - 1)).flatten(1)
+    runs = packed.reshape(len(packed), -1, 1, run)
+    return torch.bitwise_and(runs >> shifts, 2**bits - 1).flatten(1)
 
 
 def _q2_k(raw: Tensor) -> Tensor:
