@@ -50,7 +50,8 @@ def build_executor(
     specs = family.cache_specs(config)
     kernels = choose_kernels(_query(config, specs, options, platform), options.executor.attention_backend)
     started = time.perf_counter()
-    model = platform.submit(lambda: _value(_load(family, config, checkpoint, options, kernels, platform))).result()
+    with platform.tagged("weights"):
+        model = platform.submit(lambda: _value(_load(family, config, checkpoint, options, kernels, platform))).result()
     logger.info("weights are on %s after %.1f s", platform.facts().device, time.perf_counter() - started)
 
     num_slots, page_size = options.scheduler.max_running_requests, options.cache.page_size
@@ -63,12 +64,14 @@ def build_executor(
     executor = Executor(runner=runner, platform=platform, state=state, sampler=sampler)
 
     # One page is enough to run the largest step on; its activations then stay in the allocator, so free means free.
-    executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device), graph_batch_sizes=())
+    executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device))
     executor.warm_up(min(options.scheduler.chunked_prefill_size, options.model.context_len))
     num_pages = (_num_pages(specs, options, platform),) * len(specs)
-    pool = CachePool(specs, num_pages, page_size, platform.device)
-    graphs = options.executor.graph_batch_sizes if kernels.attention.captures else ()
-    executor.use_pool(pool, graph_batch_sizes=graphs)
+    with platform.tagged("kv"):
+        executor.use_pool(CachePool(specs, num_pages, page_size, platform.device))
+    if options.executor.graph_batch_sizes and kernels.attention.captures:
+        with platform.tagged("graphs"):
+            executor.capture(options.executor.graph_batch_sizes)
     return BuiltExecutor(executor=executor, specs=specs, num_pages=num_pages)
 
 

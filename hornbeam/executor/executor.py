@@ -40,12 +40,14 @@ class Executor:
         self.launch(StepPlan(step_id=0, chunks=(prompt,))).result()
         self.launch(StepPlan(step_id=1, decode=(slot,), decode_lens=(1,))).result()
 
-    def use_pool(self, pool: CachePool, graph_batch_sizes: tuple[int, ...]) -> None:
-        """Read and write the tensors of `pool` from now on, with decode steps of the given sizes captured as graphs."""
+    def use_pool(self, pool: CachePool) -> None:
+        """Read and write the tensors of `pool` from now on; graphs over another one are dropped."""
         self._graphs = None
         self._runner.use_pool(pool)
-        if graph_batch_sizes:
-            self._graphs = self._platform.submit(lambda: self._capture(graph_batch_sizes)).result()
+
+    def capture(self, batch_sizes: tuple[int, ...]) -> None:
+        """Record decode steps of these sizes (ascending) as graphs over the present pool."""
+        self._graphs = self._platform.submit(lambda: self._capture(batch_sizes)).result()
 
     @torch.inference_mode()
     def _capture(self, batch_sizes: tuple[int, ...]) -> Callable[[], DecodeGraphs]:

@@ -1,7 +1,8 @@
 """What the executor needs of a device: memory, an ordered queue of work, staging, and graphs."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from hornbeam.core.platform import PlatformFacts
 
 T = TypeVar("T", covariant=True)
+MemoryTag = Literal["weights", "kv", "graphs"]
 
 
 class Pending(Protocol[T]):
@@ -31,6 +33,9 @@ class Platform(Protocol):
 
     def free_memory(self) -> tuple[int, int]:
         """Bytes free and bytes in all, on the device."""
+
+    def tagged(self, tag: MemoryTag) -> AbstractContextManager[None]:
+        """What is allocated inside is of this kind: told in the log, so that every GiB has a name."""
 
     def submit(self, work: Callable[[], Callable[[], T]]) -> Pending[T]:
         """Start `work`; when all it enqueued is done, the callable it returned makes the result on the host."""

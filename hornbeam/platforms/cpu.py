@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hornbeam.core.platform import PlatformFacts
+from hornbeam.platforms.contract import MemoryTag
 
 T = TypeVar("T")
 
@@ -54,6 +56,10 @@ class CpuPlatform:
         """See `Platform`. What other programs hold does not count: the share is taken of what is available."""
         available = _available_memory()
         return available, available
+
+    def tagged(self, tag: MemoryTag) -> AbstractContextManager[None]:
+        """See `Platform`. Memory is taken when it is touched, so there is nothing to tell."""
+        return nullcontext()
 
     def submit(self, work: Callable[[], Callable[[], T]]) -> FuturePending[T]:
         """See `Platform`."""

@@ -3,14 +3,19 @@
 Work is enqueued by the thread that submits it; nothing here waits for the device but `Pending`.
 """
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from hornbeam.core.platform import PlatformFacts
+from hornbeam.platforms.contract import MemoryTag
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -77,6 +82,14 @@ class CudaPlatform:
         """See `Platform`. What torch's allocator holds on to counts as taken."""
         free, total = torch.cuda.mem_get_info(self.device)
         return free, total
+
+    @contextmanager
+    def tagged(self, tag: MemoryTag) -> Iterator[None]:
+        """See `Platform`."""
+        before, _ = self.free_memory()
+        yield
+        after, _ = self.free_memory()
+        logger.info("memory for %s = %.2f GiB (%.2f GiB are left)", tag, (before - after) / 2**30, after / 2**30)
 
     def submit(self, work: Callable[[], Callable[[], T]]) -> EventPending[T]:
         """See `Platform`. What the calling thread has enqueued on another stream so far comes first."""
