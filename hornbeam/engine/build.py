@@ -1,5 +1,6 @@
 """Makes a real engine of a user's options. Alone in `engine` and `serve` it touches torch, when it is called."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from hornbeam.config.components import EngineOptions
 from hornbeam.config.environment import read_environment
 from hornbeam.config.resolve import resolve_engine
+from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import ModelConfig
 from hornbeam.engine.envelope import Ready
 from hornbeam.engine.loop import Built
@@ -22,7 +24,7 @@ def build_engine(user: Mapping[str, Any]) -> Built:
         ConfigError: a flag, the checkpoint or the machine cannot work.
         FamilyUnavailable: the model's family cannot be used.
     """
-    checkpoint = open_checkpoint(Path(user["model_path"]), user.get("load_format", "auto"))
+    checkpoint = open_checkpoint(Path(user["model_path"]), user.get("load_format", "auto"), _overrides(user))
     family = find_family(checkpoint.hf_config, read_environment().disabled_architectures)
     config = family.parse(checkpoint.hf_config)
 
@@ -50,6 +52,18 @@ def build_engine(user: Mapping[str, Any]) -> Built:
         facts=_facts(options, config, facts.device),
     )
     return Built(scheduler=scheduler, executor=built.executor, ready=ready, overlap=options.executor.overlap)
+
+
+def _overrides(user: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries that replace those of the model's config."""
+    text = user.get("json_model_override_args", "{}")
+    try:
+        overrides = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--json-model-override-args is not JSON ({error}): {text}") from error
+    if not isinstance(overrides, dict):
+        raise ConfigError(f"--json-model-override-args must be a JSON object, not {text}")
+    return overrides
 
 
 def _eos_ids(checkpoint: Checkpoint) -> frozenset[int]:

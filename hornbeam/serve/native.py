@@ -77,7 +77,7 @@ class _Native:
         return json_response(
             {
                 "model_path": self._serving.model_path,
-                "tokenizer_path": self._serving.model_path,
+                "tokenizer_path": self._serving.tokenizer_path,
                 "is_generation": True,
                 "preferred_sampling_params": None,
                 "weight_version": WEIGHT_VERSION,

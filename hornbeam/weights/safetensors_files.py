@@ -49,20 +49,29 @@ def find_safetensors(folder: Path) -> SafetensorsFiles:
     Raises:
         ConfigError: there are none, or the index is broken or lists a file that is not there.
     """
-    index = folder / _INDEX
-    if index.exists():
-        paths = _listed_files(index)
-        absent = [path.name for path in paths if not path.exists()]
-        if absent:
-            raise ConfigError(f"{index} lists {', '.join(absent)}, not there; finish the download of {folder}")
-    else:
-        paths = tuple(sorted(folder.glob("*.safetensors")))
+    paths = find_files(folder, _INDEX, "*.safetensors")
     if not paths:
         raise ConfigError(
-            f"{folder} holds no *.safetensors (other weight files are not read); convert them, or pass "
-            "--load-format dummy to run with random weights"
+            f"{folder} holds no weights (*.safetensors, pytorch_model*.bin or a GGUF file); finish its download, or "
+            "pass --load-format dummy to run with random ones"
         )
     return SafetensorsFiles(paths)
+
+
+def find_files(folder: Path, index_name: str, pattern: str) -> tuple[Path, ...]:
+    """The weight files that the index in `folder` lists, or without one all that match `pattern`; maybe none.
+
+    Raises:
+        ConfigError: the index is broken or lists a file that is not there.
+    """
+    index = folder / index_name
+    if not index.exists():
+        return tuple(sorted(folder.glob(pattern)))
+    paths = _listed_files(index)
+    absent = [path.name for path in paths if not path.exists()]
+    if absent:
+        raise ConfigError(f"{index} lists {', '.join(absent)}, not there; finish the download of {folder}")
+    return paths
 
 
 def _listed_files(index: Path) -> tuple[Path, ...]:
@@ -70,7 +79,7 @@ def _listed_files(index: Path) -> tuple[Path, ...]:
         names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         return tuple(sorted(index.parent / name for name in names))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{index} is not a usable safetensors index ({error!r}); download it again") from error
+        raise ConfigError(f"{index} is not a usable index of weight files ({error!r}); download it again") from error
 
 
 @contextmanager

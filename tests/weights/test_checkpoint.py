@@ -129,10 +129,10 @@ def duplicate(folder: Path) -> None:
         (spoil("config.json", "{"), r"config\.json is not readable JSON"),
         (spoil("config.json", "[]"), r"config\.json must hold a JSON object"),
         (spoil("generation_config.json", "{,}"), r"generation_config\.json is not readable"),
-        (lambda folder: (folder / "model.safetensors").unlink(), r"holds no \*\.safetensors.*dummy"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights.*dummy"),
         (spoil(INDEX, '{"weight_map": {"w": "gone.safetensors"}}'), r"lists gone\.safetensors.*finish the download"),
-        (spoil(INDEX, "{}"), "not a usable safetensors index"),
-        (spoil(INDEX, '{"weight_map": {"w": 3}}'), "not a usable safetensors index"),
+        (spoil(INDEX, "{}"), "not a usable index"),
+        (spoil(INDEX, '{"weight_map": {"w": 3}}'), "not a usable index"),
         (truncate, r"model\.safetensors.*truncated"),
         (duplicate, r"second\.safetensors repeats w"),
     ],
@@ -146,8 +146,6 @@ def test_damaged_folders(folder: Path, damage: Callable[[Path], None], reason: s
 def test_absent_paths(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent does not exist; --model-path takes"):
         open_checkpoint(tmp_path / "absent")
-    with pytest.raises(ConfigError, match=r"hf download org/model-1\.5B --local-dir"):
-        open_checkpoint(Path("org/model-1.5B"))
 
 
 def test_load_formats_that_do_not_fit(folder: Path, tmp_path: Path) -> None:

@@ -192,9 +192,9 @@ def test_an_unsupported_block_type_names_file_and_tensor(tmp_path: Path) -> None
     path.write_bytes(gguf_bytes({"general.architecture": "llama"}, {"token_embd.weight": np.ones(8, np.float32)}))
     checkpoint = open_checkpoint(path)
     file = checkpoint.source.file
-    tensors = {name: replace(tensor, type_name="Q6_K") for name, tensor in file.tensors.items()}
+    tensors = {name: replace(tensor, type_name="IQ2_S") for name, tensor in file.tensors.items()}
     source = replace(checkpoint.source, file=replace(file, tensors=tensors))
-    with pytest.raises(ConfigError, match=r"tiny\.gguf: tensor token_embd\.weight.*Q6_K"):
+    with pytest.raises(ConfigError, match=r"tiny\.gguf: tensor token_embd\.weight.*IQ2_S"):
         list(source.read({"model.embed_tokens.weight"}))
 
 
