@@ -38,6 +38,8 @@ class SchedulerOptions:
     conservativeness: float = 1.0  # scales what is kept free for tokens to come
     priorities: bool = False  # requests' priorities count
     low_priority_first: bool = False  # the smaller number is the higher priority
+    waiting_timeout: float | None = None  # seconds
+    running_timeout: float | None = None
     preemption_gap: int | None = 10  # running requests give way to those that are so much higher; None: to nobody
 
 

@@ -16,6 +16,7 @@ from hornbeam.config.components import (
     SchedulerOptions,
     ServeOptions,
 )
+from hornbeam.config.environment import read_environment
 from hornbeam.config.flags import FLAGS
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import ModelConfig
@@ -70,6 +71,7 @@ def resolve_engine(
         raise ConfigError(f"--context-length {context_len} exceeds the model's {model.context_len} positions")
     chunk = pick("chunked_prefill_size", platform.chunked_prefill_size, why)
     max_running = _positive(resolver, "max_running_requests", platform.max_running_requests, why)
+    environment = read_environment()
     options = EngineOptions(
         model=ModelOptions(
             path=user.get("model_path"),
@@ -95,6 +97,8 @@ def resolve_engine(
             priorities=pick("enable_priority_scheduling"),
             low_priority_first=pick("schedule_low_priority_values_first"),
             preemption_gap=_preemption_gap(resolver),
+            waiting_timeout=environment.waiting_timeout,
+            running_timeout=environment.running_timeout,
         ),
         executor=ExecutorOptions(
             device=resolver.note("device", platform.name, why),

@@ -115,6 +115,7 @@ class EngineLoop:
             elif not self._obey(timeout=IDLE_SECONDS):
                 self._check()
                 self._obey(timeout=None)
+            self._scheduler.expire(time.monotonic())
             if len(self._steps) < self._depth and self._launch():
                 continue
             self._collect()

@@ -67,10 +67,10 @@ class WaitingQueue:
         seed: of the random policy.
     """
 
-    def __init__(self, policy: str, known: KnownPrefix, precedence: Callable[[RequestState], int], seed: int) -> None:
+    def __init__(self, policy: str, known: KnownPrefix, precedence: Callable[[Request], int], seed: int) -> None:
         self._rank = POLICIES[policy] if policy != RANDOM else self._shuffled
         self._known = known
-        self._key = precedence
+        self._precedence = precedence
         self._random = random.Random(seed)
         self._waiting: dict[RequestState, None] = {}
         self._batch: list[RequestState] = []  # next one last
@@ -115,6 +115,9 @@ class WaitingQueue:
         begun = [state for state in batch if state.num_retractions]
         fresh = self._rank([state for state in batch if not state.num_retractions], self._known)
         return [*reversed(fresh), *reversed(begun)]
+
+    def _key(self, state: RequestState) -> int:
+        return self._precedence(state.request)
 
     def _shuffled(self, batch: list[RequestState], known: KnownPrefix) -> list[RequestState]:
         return self._random.sample(batch, len(batch))

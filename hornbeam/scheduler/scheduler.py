@@ -10,7 +10,7 @@ Knows no text, no tensors and no model: token ids, page numbers, budgets.
 
 import random
 from collections import deque
-from dataclasses import dataclass
+from typing import Literal
 
 from hornbeam.config.components import CacheOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
@@ -19,25 +19,12 @@ from hornbeam.core.plan import Chunk, PageGrant, SlotStart, StepPlan, StepResult
 from hornbeam.core.request import Finish, Request, RequestOutput, Status
 from hornbeam.scheduler.admission import Limits, OutputEstimate, WaitingQueue
 from hornbeam.scheduler.memory import Memory
-from hornbeam.scheduler.state import RequestState, Step
+from hornbeam.scheduler.state import RequestState, SchedulerStats, Step
+
+PauseMode = Literal["in_place", "retract", "abort"]
 
 # With pages smaller than this, a decode row takes several at once, so that page tables change rarely.
 GRANT_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerStats:
-    """Numbers for logs and metrics. The totals count since the start, prompts when their request ends."""
-
-    num_running: int
-    num_waiting: int
-    num_used_tokens: int  # held by requests, in whole pages
-    num_cached_tokens: int  # kept for reuse only
-    max_total_tokens: int
-    total_prompt_tokens: int
-    total_cached_tokens: int  # of the prompt tokens
-    total_generated_tokens: int
-    total_retractions: int
 
 
 class Scheduler:
@@ -91,6 +78,7 @@ class Scheduler:
         self._in_flight: deque[Step] = deque()
         self._num_planned = 0  # steps, and so the next step's id
         self._applied = -1  # the last applied step's id
+        self._paused = False
         self._news: dict[RequestState, None] = {}
         self._num_submitted = 0
         self._total_prompt = self._total_cached = self._total_generated = self._total_retractions = 0
@@ -106,6 +94,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Queued requests, retracted ones included."""
         return len(self._queue)
+
+    @property
+    def paused(self) -> bool:
+        """Whether nothing is planned until `resume`."""
+        return self._paused
 
     @property
     def num_in_flight(self) -> int:
@@ -189,9 +182,40 @@ class Scheduler:
         for rid in list(self._states):
             self.abort(rid)
 
+    def pause(self, mode: PauseMode) -> None:
+        """Plan nothing until `resume`. Steps in flight end as usual, and requests may be submitted and aborted.
+
+        Args:
+            mode: what becomes of the running requests: "in_place", they keep their memory; "retract", they wait, and
+                what they need will be computed again or found in the tree; "abort": all requests end.
+        """
+        self._paused = True
+        if mode == "abort":
+            self.abort_all()
+        elif mode == "retract":
+            for state in sorted((*self._decoding, *self._prefilling), key=lambda state: -state.arrival):
+                self._retract(state)
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._paused = False
+
+    def expire(self, now: float) -> None:
+        """End requests that have waited, or run, longer than the options allow. `now`: seconds, never going back."""
+        limits = {Status.WAITING: self._options.waiting_timeout, Status.RUNNING: self._options.running_timeout}
+        if not any(limits.values()):
+            return
+        for state in list(self._states.values()):
+            limit = limits.get(state.status)
+            if state.since is None:
+                state.since = now
+            if limit is not None and now - state.since > limit:
+                message = f"the request was {state.status.value} for more than {limit:g} seconds"
+                self._finish(state, Finish(type="abort", message=message, status=Overloaded.status))
+
     def flush(self) -> bool:
-        """Drop the prefix cache. False (and nothing is done) while any request runs or waits."""
-        if self.has_work:
+        """Drop the prefix cache. False (and nothing is done) while any request runs, or waits without a pause."""
+        if self._in_flight or self.num_running or (len(self._queue) and not self._paused):
             return False
         self._memory.flush()
         return True
@@ -205,7 +229,9 @@ class Scheduler:
     # Planning.
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None if nothing can run before a result is applied or a request submitted."""
+        """The next step, or None if nothing can run before a result is applied, a request submitted or `resume`."""
+        if self._paused:
+            return None
         while True:
             step = Step(step_id=self._num_planned)
             self._plan_decode(step)
@@ -278,6 +304,7 @@ class Scheduler:
             return 0
         self._queue.remove(state)
         state.status = Status.RUNNING
+        state.since = None
         sampling, seed = state.request.sampling, state.seed
         step.starts.append(SlotStart(slot=state.slot, num_cached=num_cached, sampling=sampling, seed=seed))
         return num_tokens
@@ -300,15 +327,12 @@ class Scheduler:
             return
         running = [*self._decoding, *self._prefilling]
         if running:
-            victim = max(running, key=lambda state: (self._precedence(state), state.arrival))
-            if self._precedence(victim) - self._precedence(head) >= gap:
+            victim = max(running, key=lambda state: (self._precedence(state.request), state.arrival))
+            if self._precedence(victim.request) - self._precedence(head.request) >= gap:
                 self._retract(victim)
 
-    def _precedence(self, state: RequestState) -> int:
+    def _precedence(self, request: Request) -> int:
         """The smallest goes first."""
-        return self._rank(state.request)
-
-    def _rank(self, request: Request) -> int:
         if not self._options.priorities:
             return 0
         return request.priority if self._options.low_priority_first else -request.priority
@@ -357,7 +381,7 @@ class Scheduler:
         candidates = [*self._decoding, *self._prefilling] or ([] if head is None else [head])
         if not candidates:
             return False
-        victim = max(candidates, key=lambda state: (self._precedence(state), state.arrival))
+        victim = max(candidates, key=lambda state: (self._precedence(state.request), state.arrival))
         if len(candidates) > 1:
             self._retract(victim)
             return True
@@ -375,6 +399,7 @@ class Scheduler:
         """Send a running request back to the queue's front; it will compute its tokens so far again."""
         self._drop_phase(state)
         state.status = Status.WAITING
+        state.since = None
         state.num_retractions += 1
         self._total_retractions += 1
         self._queue.push_back(state)
@@ -467,6 +492,6 @@ class Scheduler:
             return
         message = f"the request queue is full: {limit} requests are waiting (--max-queued-requests)"
         worst = self._queue.worst() if len(self._queue) else None
-        if worst is None or worst.num_retractions or self._rank(request) >= self._precedence(worst):
+        if worst is None or worst.num_retractions or self._precedence(request) >= self._precedence(worst.request):
             raise Overloaded(message)
         self._finish(worst, Finish(type="abort", message=message, status=Overloaded.status))

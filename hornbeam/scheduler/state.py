@@ -1,4 +1,4 @@
-"""What the scheduler knows of one request, and of one step that is on its way. Values that change, no decisions."""
+"""What the scheduler knows of one request, and of one step that is on its way; its numbers for others. No decisions."""
 
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ class RequestState:
     tokens: list[int] = field(init=False)  # prompt, then what was generated and has come back
     last_kv_len: int = field(init=False)  # rows that are written when it has ended by length
     status: Status = Status.WAITING
+    since: float | None = None  # when it was first seen in this status, in seconds
     prefill_end: int = 0  # tokens before it come in chunks, later ones by decode
     kv_len: int = 0  # rows written or promised by planned steps
     last_step: int = -1  # the last planned step that contains it
@@ -98,3 +99,18 @@ class Step:
     def empty(self) -> bool:
         """Nothing is to run."""
         return not (self.rows or self.silent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerStats:
+    """Numbers for logs and metrics. The totals count since the start, prompts when their request ends."""
+
+    num_running: int
+    num_waiting: int
+    num_used_tokens: int  # held by requests, in whole pages
+    num_cached_tokens: int  # kept for reuse only
+    max_total_tokens: int
+    total_prompt_tokens: int
+    total_cached_tokens: int  # of the prompt tokens
+    total_generated_tokens: int
+    total_retractions: int

@@ -103,6 +103,12 @@ def test_graph_sizes() -> None:
         ({"nonsense": 1}, "unknown option 'nonsense'"),
         ({"port": "80"}, "port takes int"),
         ({"port": True}, "port takes int"),
+        ({"schedule_conservativeness": -1.0}, "--schedule-conservativeness must be at least 0"),
+        (
+            {"priority_scheduling_preemption_threshold": 0},
+            "--priority-scheduling-preemption-threshold must be at least",
+        ),
+        ({"schedule_policy": "priority"}, "schedule_policy must be one of"),
         ({"dtype": "int3"}, "dtype must be one of"),
     ],
 )
@@ -134,3 +140,7 @@ def test_environment() -> None:
     assert read_environment({"XDG_CACHE_HOME": "/x"}).cache_dir == Path("/x/hornbeam")
     disabled = read_environment({"HORNBEAM_DISABLED_MODEL_ARCHS": "A, B,"}).disabled_architectures
     assert disabled == {"A", "B"}
+    environment = read_environment({"HORNBEAM_REQ_WAITING_TIMEOUT": "2.5", "HORNBEAM_REQ_RUNNING_TIMEOUT": "-1"})
+    assert (environment.waiting_timeout, environment.running_timeout) == (2.5, None)
+    with pytest.raises(ConfigError, match="HORNBEAM_REQ_RUNNING_TIMEOUT takes seconds"):
+        read_environment({"HORNBEAM_REQ_RUNNING_TIMEOUT": "soon"})

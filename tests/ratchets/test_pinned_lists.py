@@ -18,7 +18,9 @@ FLAG_NAMES = """
     schedule_conservativeness schedule_low_priority_values_first schedule_policy served_model_name
     skip_tokenizer_init stream_interval tokenizer_path trust_remote_code
 """
-ENVIRONMENT_VARIABLES = "HORNBEAM_CACHE_DIR HORNBEAM_DISABLED_MODEL_ARCHS"
+ENVIRONMENT_VARIABLES = """
+    HORNBEAM_CACHE_DIR HORNBEAM_DISABLED_MODEL_ARCHS HORNBEAM_REQ_RUNNING_TIMEOUT HORNBEAM_REQ_WAITING_TIMEOUT
+"""
 PUBLIC_NAMES = "Engine __version__"
 
 FIELDS = {

@@ -110,7 +110,18 @@ class Programs(RuleBasedStateMachine):
 
     @rule()
     def flush(self) -> None:
-        assert self.simulation.scheduler.flush() != self.simulation.scheduler.has_work
+        scheduler = self.simulation.scheduler
+        nobody_runs = not (scheduler.num_running or scheduler.num_in_flight)
+        assert scheduler.flush() == (nobody_runs and (scheduler.paused or not scheduler.num_waiting))
+
+    @rule(mode=st.sampled_from(["in_place", "retract", "abort"]))
+    def pause(self, mode: str) -> None:
+        self.simulation.scheduler.pause(mode)
+        assert mode == "in_place" or not self.simulation.launch()
+
+    @rule()
+    def resume(self) -> None:
+        self.simulation.scheduler.resume()
 
     @rule(number=st.integers(1, 30))
     def steps(self, number: int) -> None:
@@ -132,6 +143,7 @@ class Programs(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         simulation = self.simulation
+        simulation.scheduler.resume()
         simulation.run()
         assert set(simulation.ends) | self.silent == set(self.requests)
         assert not set(simulation.ends) & self.silent
