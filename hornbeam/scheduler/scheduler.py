@@ -179,8 +179,8 @@ class Scheduler:
 
     def abort_all(self) -> None:
         """Abort every request."""
-        for rid in list(self._states):
-            self.abort(rid)
+        for state in list(self._states.values()):
+            self._finish(state, Finish(type="abort", message="Aborted"))
 
     def pause(self, mode: PauseMode) -> None:
         """Plan nothing until `resume`. Steps in flight end as usual, and requests may be submitted and aborted.

@@ -5,12 +5,13 @@ In a windowed group a token reads the rows of its window, and no others: they mu
 
 from collections import deque
 from dataclasses import dataclass, field
+from io import BytesIO
 
 from hornbeam.config.components import CacheOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.plan import StepPlan, StepResult
 from hornbeam.core.request import Request, RequestOutput, SamplingParams, TokenLogprobs
-from hornbeam.scheduler.scheduler import Scheduler
+from hornbeam.scheduler.record import RecordingScheduler, read_record, replay
 
 VOCAB, EOS = 40, 0
 SPEC = CacheSpec(kind="full", layers=(0,), row_shapes=((1, 4), (1, 4)), dtype="float32")
@@ -132,11 +133,13 @@ class Simulation:
     ) -> None:
         windows = windows or (None,) * groups
         layout = {"layers": (0,), "row_shapes": ((1, 4),), "dtype": "float32", "reuse_granularity": granularity}
-        self.scheduler = Scheduler(
-            SchedulerOptions(
+        self.record = BytesIO()
+        self.scheduler = RecordingScheduler(
+            self.record,
+            options=SchedulerOptions(
                 max_running_requests=slots, max_queued_requests=queue, chunked_prefill_size=chunk, seed=1, **options
             ),
-            CacheOptions(page_size=page_size, max_total_tokens=None, memory_fraction=0.5, radix=radix),
+            cache=CacheOptions(page_size=page_size, max_total_tokens=None, memory_fraction=0.5, radix=radix),
             specs=tuple(CacheSpec(kind="window" if size else "full", window=size, **layout) for size in windows),
             num_pages=tuple((window_pages if size else 0) or num_pages + g for g, size in enumerate(windows)),
             context_len=context_len,
@@ -199,6 +202,11 @@ class Simulation:
         stats = self.scheduler.stats()
         assert stats.num_used_tokens == 0
         assert stats.num_cached_tokens == 0
+
+    def replay(self) -> None:
+        """What was recorded leads to the same plans again."""
+        replayed = replay(read_record(self.record.getvalue().splitlines()))
+        assert replayed.stats() == self.scheduler.stats()
 
 
 def make(rid: str, prompt: tuple[int, ...], max_new_tokens: int | None = 20, **options: object) -> Request:

@@ -53,6 +53,7 @@ def test_random_loads_in_random_small_pools(data: st.DataObject) -> None:
     simulation.submit(*requests)
     simulation.run()
     check_outputs(simulation, requests)
+    simulation.replay()
 
 
 class Programs(RuleBasedStateMachine):
@@ -145,6 +146,7 @@ class Programs(RuleBasedStateMachine):
         simulation = self.simulation
         simulation.scheduler.resume()
         simulation.run()
+        simulation.replay()
         assert set(simulation.ends) | self.silent == set(self.requests)
         assert not set(simulation.ends) & self.silent
         for rid, end in simulation.ends.items():
