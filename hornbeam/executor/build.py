@@ -15,7 +15,7 @@ from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import FamilyUnavailable, HornbeamError
 from hornbeam.core.family import ModelConfig, ModelFamily
 from hornbeam.executor.executor import Executor
-from hornbeam.executor.runner import NUM_LANES, Runner
+from hornbeam.executor.runner import NUM_LANES, GroupAttention, Runner
 from hornbeam.executor.state import SlotState
 from hornbeam.layers.context import BuildContext
 from hornbeam.ops.attention.contract import AttentionShape
@@ -59,7 +59,7 @@ def build_executor(
     sampler = Sampler(num_slots, kernels.sample, platform.device)
     state = SlotState(num_slots, len(specs), max_pages, page_size, sampler, platform.device)
     shapes = [_shape(config, spec, page_size, max_pages, platform) for spec in specs]
-    attention = [[kernels.attention.create(shape, num_slots) for shape in shapes] for _ in range(NUM_LANES)]
+    attention = [[_attention(kernels, shape, num_slots) for shape in shapes] for _ in range(NUM_LANES)]
     runner = Runner(model, config.num_layers, state, attention)
     executor = Executor(runner=runner, platform=platform, state=state, sampler=sampler)
 
@@ -69,7 +69,7 @@ def build_executor(
     num_pages = (_num_pages(specs, options, platform),) * len(specs)
     with platform.tagged("kv"):
         executor.use_pool(CachePool(specs, num_pages, page_size, platform.device))
-    if options.executor.graph_batch_sizes and kernels.attention.captures:
+    if options.executor.graph_batch_sizes and kernels.decode_attention.captures:
         with platform.tagged("graphs"):
             executor.capture(options.executor.graph_batch_sizes)
     return BuiltExecutor(executor=executor, specs=specs, num_pages=num_pages)
@@ -103,6 +103,12 @@ def _shape(config: ModelConfig, spec: CacheSpec, page_size: int, max_pages: int,
         dtype=getattr(torch, config.dtype),
         device=platform.device,
     )
+
+
+def _attention(kernels: Kernels, shape: AttentionShape, max_rows: int) -> GroupAttention:
+    decode = kernels.decode_attention.create(shape, max_rows)
+    same = kernels.prefill_attention is kernels.decode_attention
+    return GroupAttention(decode=decode, prefill=decode if same else kernels.prefill_attention.create(shape, max_rows))
 
 
 def _load(

@@ -1,6 +1,7 @@
 """The forward pass of a step, launched layer by layer: plans attention, lays out the rows, calls the model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,11 +26,19 @@ class Model(Protocol):
         """[R, H] -> [R, V]."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupAttention:
+    """The attention of one cache group in one lane; decode and prefill may be done by different backends."""
+
+    decode: Attention
+    prefill: Attention
+
+
 class Runner:
-    """`attention[lane][group]`: the attention of each cache group, once per lane."""
+    """`attention[lane][group]`: each lane has its own instances."""
 
     def __init__(
-        self, model: Model, num_layers: int, state: SlotState, attention: Sequence[Sequence[Attention]]
+        self, model: Model, num_layers: int, state: SlotState, attention: Sequence[Sequence[GroupAttention]]
     ) -> None:
         self.model = model
         self._num_layers = num_layers
@@ -79,7 +88,7 @@ class Runner:
             query_lens=(1,) * len(slots),
             captured=captured,
         )
-        return self._attention[lane][group].plan_decode(rows)
+        return self._attention[lane][group].decode.plan_decode(rows)
 
     def _plan_prefill(self, lane: int, group: int, plan: StepPlan, batch: Batch) -> Attend:
         rows = Rows(
@@ -89,4 +98,4 @@ class Runner:
             len_bounds=[chunk.start + len(chunk.token_ids) for chunk in plan.chunks],
             query_lens=[len(chunk.token_ids) for chunk in plan.chunks],
         )
-        return self._attention[lane][group].plan_prefill(rows)
+        return self._attention[lane][group].prefill.plan_prefill(rows)
