@@ -1,6 +1,7 @@
 """Makes a real engine of a user's options. Alone in `engine` and `serve` it touches torch, when it is called."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from hornbeam.engine.loop import Built
 from hornbeam.models.index import find_family
 from hornbeam.scheduler.scheduler import Scheduler
 from hornbeam.weights.checkpoint import Checkpoint, open_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(user: Mapping[str, Any]) -> Built:
@@ -31,7 +34,9 @@ def build_engine(user: Mapping[str, Any]) -> Built:
     from hornbeam.executor.build import build_executor
     from hornbeam.platforms.index import PLATFORMS
 
-    platform = PLATFORMS.choose(None, user.get("device", "auto")).value.create()
+    choice = PLATFORMS.choose(None, user.get("device", "auto"))
+    logger.info("platform = %s (%s)", choice.name, choice.reason)
+    platform = choice.value.create()
     facts = platform.facts()
     options = resolve_engine(user, family.name, family.defaults(config, facts.name), config, facts)
     built = build_executor(family, config, checkpoint, options, platform)
