@@ -10,6 +10,7 @@ from typing import Any
 
 from hornbeam import Engine, __version__
 from hornbeam.bench.offline import Measurement, measure
+from hornbeam.bench.scheduler import run_scheduler_benchmark
 from hornbeam.bench.workloads import WORKLOADS, warm_up
 from hornbeam.config.flags import check_flags
 from hornbeam.core.errors import HornbeamError
@@ -23,6 +24,10 @@ _TITLES = ("workload", "requests", "tokens in", "tokens out", "cached", "seconds
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line after `hornbeam bench`; the exit code."""
     values = vars(_parser().parse_args(argv))
+    if values["command"] == "scheduler":
+        for line in run_scheduler_benchmark():
+            _print(line)
+        return 0
     names, scale, json_path = (values.pop(name) for name in ("workload", "scale", "json"))
     del values["command"]
     try:
@@ -80,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     offline.add_argument("--scale", type=float, default=1.0, help="Share of the full numbers and lengths. Default: 1.")
     offline.add_argument("--json", type=Path, metavar="FILE", help="Append the JSON lines to this file, too.")
     add_flags(offline)
+    commands.add_parser(
+        "scheduler",
+        help="what scheduling costs, without a model",
+        description="Times the planning of decode steps and the search for a prompt's prefix, and how they grow.",
+    )
     return parser
 
 

@@ -92,8 +92,9 @@ class PrefixTree:
         pages: tuple[list[int], ...] = tuple([] for _ in self._pools)
         for node in path:
             node.used_at = self._clock
-            for found, ids in zip(pages, node.pages, strict=True):
-                found.extend(ids or [PADDING_PAGE] * (len(node.key) // self._page_size))
+        for group, found in enumerate(pages):
+            for node in path:
+                found.extend(node.pages[group] or [PADDING_PAGE] * (len(node.key) // self._page_size))
         return Match(node=path[-1] if path else start, length=length, pages=pages)
 
     def follow(self, start: Node, tokens: list[int], limit: int) -> tuple[list[Node], int]:
@@ -107,15 +108,18 @@ class PrefixTree:
             if child is None:
                 break
             node = child
-            common = self._common_length(child.key, tokens, position, limit)
+            num_key = len(child.key)
+            common = num_key if num_key == unit else self._common_length(child.key, tokens, position, limit)
             position += common
             path.append(child)
             for group in known:
                 if not child.pages[group]:
                     known[group] = position
-            if all(position - self._windows[group] + 1 >= first for group, first in known.items() if first):
+            if not known or all(
+                position - self._windows[group] + 1 >= first for group, first in known.items() if first
+            ):
                 num_valid, length = len(path), position
-            if common < len(child.key):
+            if common < num_key:
                 break
         return path[:num_valid], length
 
