@@ -1,4 +1,6 @@
+import random
 import time
+from itertools import pairwise
 
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
@@ -66,11 +68,73 @@ def test_bos_where_the_file_or_the_kind_says():
 
 
 @pytest.mark.pure
+def test_pre_tokenizers_that_see_capitals():
+    assert words("aBcD efG 1234", "gpt-4o") == ["a", "Bc", "D", " ef", "G", " ", "123", "4"]
+    assert words("It's/\n", "gpt-4o") == ["It's", "/\n"]
+    assert words("It's 12", "tekken") == ["It", "'s", " ", "1", "2"]
+
+
+def words(text, pre):
+    backend = read_metadata(metadata(pre=pre)).backend
+    return [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
+
+
+PIECES = ["\u2581", "a", "b", "c", "ab", "bc", "\u2581a", "\u2581ab", "abc", "cc", "\u2581\u2581", "aa", "ca"]
+
+
+def sentencepiece(**changes):
+    """Control tokens, bytes, then pieces; the later a piece, the lower its score."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES, "[tool]"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * len(PIECES), 4]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(PIECES))] + [0.0]
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+    entries = {"model": "llama", "tokens": pieces, "scores": scores, "token_type": kinds, **ids, **changes}
+    return read_metadata({f"tokenizer.ggml.{name}": value for name, value in entries.items() if value is not None})
+
+
+def join_best(text):
+    """SentencePiece's rule, step by step: of all neighbours join those whose piece scores highest, leftmost first."""
+    symbols = list(text)
+    while True:
+        joined = [(PIECES.index(a + b), i) for i, (a, b) in enumerate(pairwise(symbols)) if a + b in PIECES]
+        if not joined:
+            return symbols
+        at = min(joined)[1]
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+
+
+@pytest.mark.pure
+def test_sentencepiece_joins_by_score():
+    contents = sentencepiece()
+    chance = random.Random(0)
+    for _ in range(300):
+        text = "".join(chance.choices("abc ", k=chance.randrange(1, 12)))
+        expected = join_best("\u2581" + text.replace(" ", "\u2581"))
+        assert contents.backend.encode(text).tokens == expected, text
+        assert contents.backend.decode(contents.backend.encode(text).ids) == text
+
+
+@pytest.mark.pure
+def test_sentencepiece_facts():
+    tokenizer = Tokenizer(sentencepiece())
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert tokenizer.special_ids == {1, 2}
+    ids = tokenizer.encode("a\u00e9")
+    assert ids[0] == 1
+    assert b"".join(tokenizer.token_bytes(token_id) for token_id in ids[1:]) == " a\u00e9".encode()
+    assert tokenizer.decode(ids) == "a\u00e9"
+    bare = Tokenizer(sentencepiece(add_space_prefix=False, add_bos_token=False))
+    assert [bare.token_text(token_id) for token_id in bare.encode("ab[tool] a")] == ["ab", "[tool]", " a"]
+    with pytest.raises(ConfigError, match="differ in number"):
+        sentencepiece(scores=[0.0])
+
+
+@pytest.mark.pure
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "'llama' is not supported"),
-        ({"pre": "unheard-of"}, "known are: default, gpt-2, smollm"),
+        ({"model": "bert"}, "'bert' is not supported"),
+        ({"pre": "unheard-of"}, "known are: default, gpt-2, .*smollm"),
         ({"tokens": None}, r"lacks tokenizer\.ggml\.tokens"),
         ({"model": None}, "has no tokenizer"),
         ({"merges": ["1 nothing"]}, "do not fit"),

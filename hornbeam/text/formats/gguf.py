@@ -1,11 +1,12 @@
 """Builds a tokenizer from the metadata of a GGUF file.
 
-Such a file names its pre-tokenizer and leaves the rules to the reader; `_PRE_TOKENIZERS` holds those we know.
-Only byte-level BPE so far ("gpt2"). Knows nothing of the file's layout or tensors.
+Two kinds are known: byte-level BPE ("gpt2"), whose files name a pre-tokenizer and leave its rules to the reader
+(`_PRE_TOKENIZERS` holds those we know), and SentencePiece's BPE ("llama"), whose files hold a score for each piece.
+Knows nothing of the file's layout or tensors.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -13,10 +14,18 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from hornbeam.core.errors import ConfigError
 from hornbeam.text.formats.contents import TokenizerContents
 
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
+_SPACE = "\u2581"  # how SentencePiece writes a space
 
 # How text splits into words: contractions, letters, numbers (as filled in), punctuation, line ends, spaces
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The same where a capital letter begins a word: capitals then small letters, with (as filled in) a contraction
+_CASED_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%(contraction)s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%(contraction)s"
+    r"|%(number)s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 # Template variable -> metadata entry that holds the token's id
 _SPECIAL_TOKENS = {
@@ -46,17 +55,41 @@ def _digits_then_byte_level() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
 
 
-def _split_words(number: str) -> pre_tokenizers.PreTokenizer:
-    words = pre_tokenizers.Split(Regex(_WORDS % number), behavior="isolated")
+def _split_words(pattern: str) -> pre_tokenizers.PreTokenizer:
+    words = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+_PLAIN = _PreTokenizer(build=_byte_level)
+_DIGITS = _PreTokenizer(build=_digits_then_byte_level)
+_THREE_DIGITS = _PreTokenizer(build=lambda: _split_words(_WORDS % r"\p{N}{1,3}"))
+_THREE_DIGITS_WHOLE = replace(_THREE_DIGITS, ignore_merges=True, add_bos=True)
+_ONE_DIGIT = _PreTokenizer(build=lambda: _split_words(_WORDS % r"\p{N}"), nfc=True)
+_CASED = _PreTokenizer(
+    build=lambda: _split_words(_CASED_WORDS % {"contraction": f"{_CONTRACTION}?", "number": r"\p{N}{1,3}"})
+)
+_CASED_ONE_DIGIT_WHOLE = _PreTokenizer(
+    build=lambda: _split_words(_CASED_WORDS % {"contraction": "", "number": r"\p{N}"}), ignore_merges=True, add_bos=True
+)
 _PRE_TOKENIZERS = {
-    "default": _PreTokenizer(build=_byte_level),
-    "gpt-2": _PreTokenizer(build=_byte_level),
-    "smollm": _PreTokenizer(build=_digits_then_byte_level),
-    "llama-bpe": _PreTokenizer(build=lambda: _split_words(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True),
-    "qwen2": _PreTokenizer(build=lambda: _split_words(r"\p{N}"), nfc=True),
+    "default": _PLAIN,
+    "gpt-2": _PLAIN,
+    "phi-2": _PLAIN,
+    "smollm": _DIGITS,
+    "starcoder": _DIGITS,
+    "refact": _DIGITS,
+    "codeshell": _DIGITS,
+    "exaone": _DIGITS,
+    "dbrx": _THREE_DIGITS,
+    "smaug-bpe": _THREE_DIGITS,
+    "llama3": _THREE_DIGITS_WHOLE,
+    "llama-v3": _THREE_DIGITS_WHOLE,
+    "llama-bpe": _THREE_DIGITS_WHOLE,
+    "qwen2": _ONE_DIGIT,
+    "deepseek-r1-qwen": _ONE_DIGIT,
+    "gpt-4o": _CASED,
+    "llama4": _CASED,
+    "tekken": _CASED_ONE_DIGIT_WHOLE,
 }
 
 
@@ -66,31 +99,37 @@ def read_metadata(metadata: Mapping[str, Any]) -> TokenizerContents:
     Raises:
         ConfigError: an entry is missing, or names a tokenizer model or pre-tokenizer that is not implemented.
     """
-    pre = _pre_tokenizer(metadata)
+    model = _required(metadata, "model")
+    if model not in ("gpt2", "llama"):
+        raise ConfigError(
+            f"GGUF tokenizer model {model!r} is not supported; 'gpt2' (byte-level BPE) and 'llama' (SentencePiece) are"
+        )
     tokens = [str(token) for token in _required(metadata, "tokens")]
     special_ids = {name: _token_id(metadata, entry, tokens) for name, entry in _SPECIAL_TOKENS.items()}
     eos_ids = (_token_id(metadata, entry, tokens) for entry in _EOS_ENTRIES)
+    if model == "gpt2":
+        pre = _pre_tokenizer(metadata)
+        backend, add_bos = _byte_level_backend(metadata, tokens, pre), pre.add_bos
+    else:
+        backend, add_bos = _sentencepiece_backend(metadata, tokens, special_ids["unk_token"]), True
     return TokenizerContents(
-        backend=_backend(metadata, tokens, pre),
+        backend=backend,
         special_tokens={name: tokens[token_id] for name, token_id in special_ids.items() if token_id is not None},
         bos_id=special_ids["bos_token"],
         eos_ids=frozenset(token_id for token_id in eos_ids if token_id is not None),
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", pre.add_bos)),
+        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
         chat_template=metadata.get("tokenizer.chat_template"),
     )
 
 
 def _pre_tokenizer(metadata: Mapping[str, Any]) -> _PreTokenizer:
-    model = _required(metadata, "model")
-    if model != "gpt2":
-        raise ConfigError(f"GGUF tokenizer model {model!r} is not supported, only 'gpt2' (byte-level BPE) is")
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in _PRE_TOKENIZERS:
         raise ConfigError(f"GGUF pre-tokenizer {name!r} is not known; known are: {', '.join(_PRE_TOKENIZERS)}")
     return _PRE_TOKENIZERS[name]
 
 
-def _backend(metadata: Mapping[str, Any], tokens: list[str], pre: _PreTokenizer) -> Tokenizer:
+def _byte_level_backend(metadata: Mapping[str, Any], tokens: list[str], pre: _PreTokenizer) -> Tokenizer:
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     pairs = (merge.split(" ", 1) for merge in _required(metadata, "merges"))
     try:
@@ -104,6 +143,49 @@ def _backend(metadata: Mapping[str, Any], tokens: list[str], pre: _PreTokenizer)
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre.build()
     backend.decoder = decoders.ByteLevel()
+    return _with_added_tokens(backend, metadata, tokens)
+
+
+def _sentencepiece_backend(metadata: Mapping[str, Any], tokens: list[str], unknown_id: int | None) -> Tokenizer:
+    """Spaces become part of the pieces, one goes in front of a text unless the file says no, bytes spell the rest."""
+    scores = _required(metadata, "scores")
+    types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    if not len(tokens) == len(scores) == len(types):
+        raise ConfigError("the GGUF file's tokens, scores and token types differ in number")
+    pieces = {
+        token: score
+        for token, score, kind in zip(tokens, scores, types, strict=True)
+        if kind in (_NORMAL, _USER_DEFINED)
+    }
+    model = models.BPE(
+        vocab={token: token_id for token_id, token in enumerate(tokens)},
+        merges=_merges(pieces),
+        unk_token=None if unknown_id is None else tokens[unknown_id],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = Tokenizer(model)
+    spaces, steps = normalizers.Replace(" ", _SPACE), [decoders.Replace(_SPACE, " "), decoders.ByteFallback()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
+        backend.decoder = decoders.Sequence([*steps, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    else:
+        backend.normalizer = spaces
+        backend.decoder = decoders.Sequence([*steps, decoders.Fuse()])
+    return _with_added_tokens(backend, metadata, tokens)
+
+
+def _merges(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a piece, by its score: SentencePiece joins the neighbours that score highest."""
+    pairs = [
+        (piece[:i], piece[i:])
+        for piece in sorted(pieces, key=pieces.__getitem__, reverse=True)
+        for i in range(1, len(piece))
+    ]
+    return [(left, right) for left, right in pairs if left in pieces and right in pieces]
+
+
+def _with_added_tokens(backend: Tokenizer, metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
     types = metadata.get("tokenizer.ggml.token_type", ())
     backend.add_special_tokens(_added_tokens(tokens, types, _CONTROL, special=True))
     backend.add_tokens(_added_tokens(tokens, types, _USER_DEFINED, special=False))
