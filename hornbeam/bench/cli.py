@@ -11,10 +11,12 @@ from typing import Any
 from hornbeam import Engine, __version__
 from hornbeam.bench.offline import Measurement, measure
 from hornbeam.bench.scheduler import run_scheduler_benchmark
+from hornbeam.bench.simulate import Sessions, run_simulations
 from hornbeam.bench.workloads import WORKLOADS, warm_up
 from hornbeam.config.flags import check_flags
 from hornbeam.core.errors import HornbeamError
 from hornbeam.engine.logs import set_up_logging
+from hornbeam.scheduler.admission import POLICIES, RANDOM
 from hornbeam.serve.cli import add_flags
 
 _ROW = "{:<10} {:>8} {:>10} {:>10} {:>10} {:>9} {:>11} {:>13}"
@@ -24,16 +26,19 @@ _TITLES = ("workload", "requests", "tokens in", "tokens out", "cached", "seconds
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line after `hornbeam bench`; the exit code."""
     values = vars(_parser().parse_args(argv))
-    if values["command"] == "scheduler":
-        for line in run_scheduler_benchmark():
-            _print(line)
-        return 0
-    names, scale, json_path = (values.pop(name) for name in ("workload", "scale", "json"))
-    del values["command"]
     try:
-        if not 0 < scale <= 1:
-            raise HornbeamError(f"--scale must be above 0 and at most 1, not {scale}")
-        run_offline(list(WORKLOADS) if "all" in names else names, scale, json_path, check_flags(values))
+        match values.pop("command"):
+            case "scheduler":
+                _print("\n".join(run_scheduler_benchmark()))
+            case "simulate":
+                load = Sessions(num_sessions=values["sessions"], num_turns=values["turns"])
+                for line in run_simulations(values["policy"], load, values["cache_tokens"]):
+                    _print(line)
+            case "offline":
+                names, scale, json_path = (values.pop(name) for name in ("workload", "scale", "json"))
+                if not 0 < scale <= 1:
+                    raise HornbeamError(f"--scale must be above 0 and at most 1, not {scale}")
+                run_offline(list(WORKLOADS) if "all" in names else names, scale, json_path, check_flags(values))
     except HornbeamError as error:
         print(f"hornbeam bench: error: {error}", file=sys.stderr)  # noqa: T201
         return 1
@@ -85,6 +90,16 @@ def _parser() -> argparse.ArgumentParser:
     offline.add_argument("--scale", type=float, default=1.0, help="Share of the full numbers and lengths. Default: 1.")
     offline.add_argument("--json", type=Path, metavar="FILE", help="Append the JSON lines to this file, too.")
     add_flags(offline)
+    simulate = commands.add_parser(
+        "simulate",
+        help="the scheduler's policies on a pretended GPU",
+        description="Runs sessions that share system prompts on the real scheduler and a cost model of a GPU.",
+    )
+    policies, load = (*POLICIES, RANDOM), Sessions()
+    simulate.add_argument("--policy", nargs="+", choices=policies, default=policies, help="Default: all.")
+    simulate.add_argument("--sessions", type=int, default=load.num_sessions, help="Default: %(default)s.")
+    simulate.add_argument("--turns", type=int, default=load.num_turns, help="Per session. Default: %(default)s.")
+    simulate.add_argument("--cache-tokens", type=int, default=100_000, help="In all. Default: %(default)s.")
     commands.add_parser(
         "scheduler",
         help="what scheduling costs, without a model",
