@@ -112,6 +112,15 @@ def test_gguf_files_alone_have_permuted_heads() -> None:
 
 
 @pytest.mark.pure
+def test_gguf_files_of_other_rows_keep_their_heads_order() -> None:
+    biased = FAMILY.parse(BASE | {"architectures": ["gguf:qwen2"], "attention_bias": True})
+    normed = FAMILY.parse(BASE | {"architectures": ["gguf:qwen3"]})
+    assert (biased.qkv_bias, biased.output_bias, normed.qkv_bias, normed.qk_norm) == (True, False, False, "head")
+    for config in (biased, normed):
+        assert {place.transform for place in FAMILY.weight_map(config).values()} == {"none"}
+
+
+@pytest.mark.pure
 def test_the_spec_imports_no_torch() -> None:
     code = "import sys, hornbeam.models.llama.spec; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
