@@ -127,7 +127,12 @@ def build(user: Mapping[str, Any]) -> Built:
         vocab_size=VOCAB,
         max_total_tokens=2000,
         max_running_requests=options.max_running_requests,
-        facts={"model_path": "fake", "architectures": ["Fake"], "model_type": "fake"},
+        facts={
+            "model_path": "fake",
+            "architectures": ["Fake"],
+            "model_type": "fake",
+            "enable_priority_scheduling": user.get("enable_priority_scheduling", False),
+        },
     )
     return Built(
         scheduler=scheduler,

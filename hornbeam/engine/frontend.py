@@ -183,6 +183,8 @@ class Frontend:
                 "be served (--context-length)",
                 field,
             )
+        if request.priority and not facts.facts.get("enable_priority_scheduling"):
+            raise BadRequest("this server knows no priorities (--enable-priority-scheduling)", "priority")
         if request.text_options.stop and self.tokenizer is None:
             raise BadRequest("stop strings need a tokenizer, and this server has none; use stop_token_ids", "stop")
         return ids
@@ -212,6 +214,7 @@ class Frontend:
             prompt_ids=prompt_ids,
             sampling=sampling,
             namespace=request.namespace,
+            priority=request.priority,
             return_logprob=request.return_logprob,
             top_logprobs=request.top_logprobs,
         )

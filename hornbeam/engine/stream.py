@@ -24,6 +24,7 @@ class GenerationRequest:
     text_options: TextOptions = field(default_factory=TextOptions)
     rid: str | None = None  # None: one is made
     namespace: str = ""
+    priority: int = 0
     return_logprob: bool = False
     top_logprobs: int = 0
     stream_interval: int | None = (

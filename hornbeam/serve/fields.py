@@ -171,6 +171,7 @@ GENERATE = Api(
             top_logprobs_num=COUNT.or_list(),
             return_text_in_logprobs=BOOLEAN,
             extra_key=STRING.or_list(),
+            priority=INTEGER.or_list(),
         ),
         **_no_effect(
             *("stream_options", "parallel_batch", "log_metrics", "no_logs", "custom_labels", "conversation_id"),
@@ -178,7 +179,7 @@ GENERATE = Api(
         ),
         **_refused(
             *("input_embeds", "image_data", "video_data", "audio_data", "token_ids_logprob", "lora_path"),
-            *("session_params", "custom_logit_processor", "priority", "bootstrap_host", "bootstrap_port"),
+            *("session_params", "custom_logit_processor", "bootstrap_host", "bootstrap_port"),
             *("bootstrap_room", "routed_dp_rank", "disagg_prefill_dp_rank"),
             logprob_start_len=-1,
             return_hidden_states=False,
@@ -226,6 +227,7 @@ CHAT = Api(
             rid=STRING,
             extra_key=STRING,
             cache_salt=STRING,
+            priority=INTEGER,
         ),
         **_no_effect(
             *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"),
@@ -233,7 +235,7 @@ CHAT = Api(
         ),
         **_refused(
             *("function_call", "input_ids", "stop_regex", "json_schema", "regex", "ebnf", "lora_path", "audio"),
-            *("session_params", "custom_params", "custom_logit_processor", "priority", "prediction"),
+            *("session_params", "custom_params", "custom_logit_processor", "prediction"),
             *("web_search_options", "bootstrap_host", "bootstrap_port", "bootstrap_room", "routed_dp_rank"),
             n=1,
             tools=[],

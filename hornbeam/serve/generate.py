@@ -59,6 +59,7 @@ def parse_generate(body: Any, default_interval: int) -> GenerateCall:
         _spread(fields, "return_logprob", count, False),
         _spread(fields, "top_logprobs_num", count, 0),
         _spread(fields, "extra_key", count, ""),
+        _spread(fields, "priority", count, 0),
         strict=True,
     )
     return GenerateCall(
@@ -70,8 +71,11 @@ def parse_generate(body: Any, default_interval: int) -> GenerateCall:
                 return_logprob=return_logprob,
                 top_logprobs=num_top if return_logprob else 0,
                 namespace=namespace,
+                priority=priority,
             )
-            for prompt, (sampling, rid, return_logprob, num_top, namespace) in zip(prompts, shared, strict=True)
+            for prompt, (sampling, rid, return_logprob, num_top, namespace, priority) in zip(
+                prompts, shared, strict=True
+            )
         ),
         batched=batched,
         stream=stream,

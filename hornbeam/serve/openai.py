@@ -126,6 +126,7 @@ def parse_chat(body: Any, serving: Serving) -> ChatCall:
             ),
             rid=fields.get("rid"),
             namespace=fields.get("extra_key", fields.get("cache_salt", "")),
+            priority=fields.get("priority", 0),
             return_logprob=logprobs,
             top_logprobs=top_logprobs,
             stream_interval=serving.options.stream_interval if stream else None,

@@ -251,3 +251,13 @@ def test_a_missing_chat_template_file_stops_the_start():
 
     with pytest.raises(ConfigError, match=r"--chat-template nowhere\.jinja"):
         asyncio.run(run())
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
+def test_priorities_are_refused_where_they_would_have_no_effect(start, path):
+    prompt = {"text": "y"} if path == "/generate" else {"messages": [{"role": "user", "content": "y"}]}
+    refusal = start().http.post(path, json={**prompt, "priority": 3})
+    assert refusal.status_code == 400
+    assert refusal.json()["error"]["param"] == "priority"
+    server = start(enable_priority_scheduling=True)
+    assert server.http.post(path, json={**prompt, "priority": 3}).status_code == 200
