@@ -3,7 +3,7 @@
 Commands go to the engine, events come back. The in-process transport hands over the same objects. Never pickle.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -29,6 +29,19 @@ class AbortAll(msgspec.Struct, frozen=True, tag=True):
 
 class Flush(msgspec.Struct, frozen=True, tag=True):
     """Drop the prefix cache. The `Reply` is not ok if requests run or wait."""
+
+    id: int
+
+
+class Pause(msgspec.Struct, frozen=True, tag=True):
+    """Run nothing until `Resume`; `mode` says what becomes of the running requests, see `Scheduler.pause`."""
+
+    id: int
+    mode: Literal["in_place", "retract", "abort"]
+
+
+class Resume(msgspec.Struct, frozen=True, tag=True):
+    """Go on after `Pause`."""
 
     id: int
 
@@ -80,5 +93,5 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     is_config: bool = False
 
 
-Command = Submit | Abort | AbortAll | Flush | Info | Shutdown
+Command = Submit | Abort | AbortAll | Flush | Pause | Resume | Info | Shutdown
 Event = Ready | StepOutputs | Reply | Pulse | Failed

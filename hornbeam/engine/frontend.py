@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from hornbeam.core.errors import BadRequest, ConfigError, EngineDead, HornbeamError, Overloaded
 from hornbeam.core.request import Request, RequestOutput
@@ -22,9 +22,11 @@ from hornbeam.engine.envelope import (
     Failed,
     Flush,
     Info,
+    Pause,
     Pulse,
     Ready,
     Reply,
+    Resume,
     Shutdown,
     StepOutputs,
     Submit,
@@ -160,6 +162,14 @@ class Frontend:
             await asyncio.sleep(FLUSH_INTERVAL)
         return True
 
+    async def pause(self, mode: Literal["in_place", "retract", "abort"]) -> None:
+        """Run nothing until `resume`; see `Scheduler.pause`. Requests are still taken, and wait."""
+        await self._ask(Pause(next(self._numbers), mode))
+
+    async def resume(self) -> None:
+        """Go on after `pause`; without one, nothing happens."""
+        await self._ask(Resume(next(self._numbers)))
+
     async def info(self) -> dict[str, Any]:
         """The scheduler's numbers; see `SchedulerStats`."""
         return (await self._ask(Info(next(self._numbers)))).payload
@@ -285,7 +295,7 @@ class Frontend:
         for future in self._replies.values():
             future.cancel()
 
-    async def _ask(self, command: Flush | Info) -> Reply:
+    async def _ask(self, command: Flush | Info | Pause | Resume) -> Reply:
         self.check_open()
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._replies[command.id] = future

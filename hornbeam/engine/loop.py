@@ -23,9 +23,11 @@ from hornbeam.engine.envelope import (
     Failed,
     Flush,
     Info,
+    Pause,
     Pulse,
     Ready,
     Reply,
+    Resume,
     Shutdown,
     StepOutputs,
     Submit,
@@ -110,11 +112,15 @@ class EngineLoop:
         """Serve until `Shutdown`."""
         self._send(self._ready)
         while self._open or self._scheduler.has_work:
-            if self._scheduler.has_work:
+            has_work = self._scheduler.has_work
+            if self._steps or (has_work and not self._scheduler.paused):
                 self._obey(timeout=0)
             elif not self._obey(timeout=IDLE_SECONDS):
-                self._check()
-                self._obey(timeout=None)
+                if has_work:  # paused: its clients should know that the engine lives
+                    self._send(Pulse())
+                else:
+                    self._check()
+                    self._obey(timeout=None)
             self._scheduler.expire(time.monotonic())
             if len(self._steps) < self._depth and self._launch():
                 continue
@@ -181,10 +187,17 @@ class EngineLoop:
             case Flush():
                 self._flushes.append(command.id)
                 self._answer_flushes()
+            case Pause():
+                self._scheduler.pause(command.mode)
+                self._send(Reply(id=command.id, ok=True))
+            case Resume():
+                self._scheduler.resume()
+                self._send(Reply(id=command.id, ok=True))
             case Info():
                 self._send(Reply(id=command.id, ok=True, payload=dataclasses.asdict(self._scheduler.stats())))
             case Shutdown():
                 self._open = False
+                self._scheduler.resume()
                 if not command.drain:
                     self._scheduler.abort_all()
 

@@ -192,6 +192,12 @@ GENERATE = Api(
     },
 )
 
+PAUSE = Api(
+    name="/pause_generation",
+    unknown="ignored",
+    rules=_honoured(mode=Kind("in_place, retract or abort", ("in_place", "retract", "abort").__contains__)),
+)
+RESUME = Api(name="/continue_generation", unknown="ignored", rules=_no_effect("torch_empty_cache"))
 ABORT = Api(name="/abort_request", unknown="ignored", rules=_honoured(rid=STRING, abort_all=BOOLEAN))
 
 STREAM_OPTIONS = Api(

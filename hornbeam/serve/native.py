@@ -11,7 +11,7 @@ from hornbeam.core.request import SamplingParams
 from hornbeam.engine.stream import GenerationRequest
 from hornbeam.serve.answers import EventStream, json_response, read_json, respond
 from hornbeam.serve.app import Route
-from hornbeam.serve.fields import ABORT
+from hornbeam.serve.fields import ABORT, PAUSE, RESUME
 from hornbeam.serve.generate import WEIGHT_VERSION, Answers, parse_generate
 from hornbeam.serve.serving import Serving
 
@@ -34,6 +34,8 @@ def native_routes(serving: Serving) -> tuple[Route, ...]:
         Route(path="/get_server_info", methods=get, handler=native.server_info),
         Route(path="/flush_cache", methods=both, handler=native.flush_cache, admin=True),
         Route(path="/abort_request", methods=("POST",), handler=native.abort_request, admin=True),
+        Route(path="/pause_generation", methods=("POST",), handler=native.pause, admin=True),
+        Route(path="/continue_generation", methods=("POST",), handler=native.resume, admin=True),
     )
 
 
@@ -115,3 +117,14 @@ class _Native:
         else:
             raise BadRequest("rid or abort_all must be given", "rid")
         return Response()
+
+    async def pause(self, request: Request) -> Response:
+        """Run nothing until /continue_generation; `mode` says what becomes of the running requests."""
+        await self._frontend.pause(PAUSE.read(await read_json(request)).get("mode", "abort"))
+        return json_response({"message": "Generation is paused.", "status": "ok"})
+
+    async def resume(self, request: Request) -> Response:
+        """Go on after /pause_generation."""
+        RESUME.read(await read_json(request))
+        await self._frontend.resume()
+        return json_response({"message": "Generation continues.", "status": "ok"})

@@ -261,3 +261,28 @@ def test_priorities_are_refused_where_they_would_have_no_effect(start, path):
     assert refusal.json()["error"]["param"] == "priority"
     server = start(enable_priority_scheduling=True)
     assert server.http.post(path, json={**prompt, "priority": 3}).status_code == 200
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract", "abort", None])
+def test_pause_and_continue(start, mode):
+    server = start(random_seed=40)
+    answers = []
+    body = {**LONG, "sampling_params": {"max_new_tokens": 30, "ignore_eos": True}}
+    expected = server.http.post("/generate", json=body).json()["text"]
+    thread = threading.Thread(target=lambda: answers.append(server.http.post("/generate", json=body).json()))
+    thread.start()
+    eventually(lambda: server.state()["num_running"] == 1 and server.state()["total_generated_tokens"] > 32)
+    assert server.http.post("/pause_generation", json={"mode": mode} if mode else {}).json()["status"] == "ok"
+    eventually(lambda: server.state()["num_running"] == (mode == "in_place"))
+    generated = server.state()["total_generated_tokens"]
+    late = threading.Thread(target=lambda: answers.append(server.http.post("/generate", json=body).json()))
+    late.start()
+    eventually(lambda: server.state()["num_waiting"] == 1 + (mode == "retract"))
+    assert server.http.get("/health").status_code == 200
+    assert server.state()["total_generated_tokens"] <= generated + 2, "two steps may have been under way"
+    assert server.http.post("/continue_generation", json={}).json()["status"] == "ok"
+    for waiting in (thread, late):
+        waiting.join(10)
+    texts = [answer["text"] for answer in answers]
+    assert texts.count(expected) == (2 if mode in ("in_place", "retract") else 1)
+    assert server.http.post("/pause_generation", json={"mode": "nap"}).status_code == 400
