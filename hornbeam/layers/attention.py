@@ -1,10 +1,12 @@
-"""Attention of one layer over its cache: rotate, write keys and values, attend."""
+"""Attention of one layer over its cache: normalise and rotate, write keys and values, attend."""
 
 import torch
 from torch import Tensor, nn
 
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.forward import Forward
+from hornbeam.layers.norm import QueryKeyNorm
+from hornbeam.ops.qkv.contract import Rotation
 
 
 class Rotary(nn.Module):
@@ -15,12 +17,10 @@ class Rotary(nn.Module):
         super().__init__()
         self.register_buffer("table", table.to(context.device), persistent=False)
         self.table: Tensor
-        self._rope = context.kernels.rope
 
-    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
-        """Rotate the first R features of q [T, Hq, D] and k [T, Hk, D] in place to positions [T]."""
-        rotated = self.table.shape[1]
-        self._rope.rotate(q[..., :rotated], k[..., :rotated], positions, self.table)
+    def forward(self, positions: Tensor) -> Rotation:
+        """How heads turn at positions [T]."""
+        return Rotation(table=self.table, positions=positions)
 
 
 class Attention(nn.Module):
@@ -31,18 +31,23 @@ class Attention(nn.Module):
         axis = context.grid.attn_tp
         self._layer = layer
         self._shape = (axis.share(num_heads, "heads"), axis.share(num_kv_heads, "key-value heads"), head_dim)
-        self._write = context.kernels.cache_write
+        self._qkv = context.kernels.qkv
 
-    def forward(self, qkv: Tensor, rotary: Rotary | None, positions: Tensor, fwd: Forward) -> Tensor:
-        """[T, (Hq + 2 Hk) D], rotated in place unless `rotary` is None -> [T, Hq D]."""
+    def forward(
+        self, qkv: Tensor, norm: QueryKeyNorm | None, rotary: Rotary | None, positions: Tensor, fwd: Forward
+    ) -> Tensor:
+        """[T, (Hq + 2 Hk) D], of which queries and keys are normalised and rotated in place -> [T, Hq D].
+
+        norm: of each head, or None; rotary: None where this layer has no positions.
+        """
         num_heads, num_kv_heads, head_dim = self._shape
         heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
         q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
-        if rotary is not None:
-            rotary(q, k, positions)
+        norms = None if norm is None else norm.of_heads()
+        rotation = None if rotary is None else rotary(positions)
         cache = fwd.caches[self._layer]
         group = fwd.groups[cache.group]
-        self._write.write(k, v, cache.k, cache.v, group.rows)
+        self._qkv.store(q, k, v, norms, rotation, cache.k, cache.v, group.rows)
         n = fwd.num_decode
         outputs = []
         if group.decode is not None:

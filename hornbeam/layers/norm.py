@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.linear import empty_parameter
+from hornbeam.ops.qkv.contract import HeadNorms
 
 
 class RMSNorm(nn.Module):
@@ -23,7 +24,7 @@ class RMSNorm(nn.Module):
 
 
 class QueryKeyNorm(nn.Module):
-    """Normalises queries and keys, each head for itself or all heads of a token together."""
+    """The norms of queries and keys: of each head by itself, or of all heads of a token together."""
 
     def __init__(
         self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, context: BuildContext, *, per_head: bool
@@ -34,12 +35,20 @@ class QueryKeyNorm(nn.Module):
         query_size, key_size = (head_dim, head_dim) if per_head else self._sizes
         self.query = RMSNorm(query_size, eps, context)
         self.key = RMSNorm(key_size, eps, context)
+        self._eps = eps
+        self.per_head = per_head
+
+    def of_heads(self) -> HeadNorms:
+        """What norms each head by itself."""
+        assert self.per_head
+        return HeadNorms(query=self.query.weight, key=self.key.weight, eps=self._eps)
 
     def forward(self, qkv: Tensor) -> Tensor:
-        """[T, (Hq + 2 Hk) D], of which queries and keys are normalised in place; returned."""
+        """[T, (Hq + 2 Hk) D], of which all queries and all keys of a token are normalised together; returned."""
+        assert not self.per_head
         start = 0
         for norm, size in zip((self.query, self.key), self._sizes, strict=True):
             part = qkv[:, start : start + size]
-            part.copy_(norm(part.reshape(-1, norm.weight.shape[0])).view(part.shape))
+            part.copy_(norm(part))
             start += size
         return qkv

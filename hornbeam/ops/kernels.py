@@ -8,12 +8,11 @@ from typing import TypeVar
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION, Activation
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, AttentionBackend
-from hornbeam.ops.cache_write.contract import CACHE_WRITE, CacheWrite
 from hornbeam.ops.linear.contract import LINEAR, LinearProduct
 from hornbeam.ops.norm.contract import NORM, Norm
 from hornbeam.ops.probes import Probes
+from hornbeam.ops.qkv.contract import QKV, Qkv
 from hornbeam.ops.query import OpQuery
-from hornbeam.ops.rope.contract import ROPE, Rope
 from hornbeam.ops.sample.contract import SAMPLE, Sample
 
 logger = logging.getLogger(__name__)
@@ -26,12 +25,11 @@ class Kernels:
     """One backend per op."""
 
     activation: Activation
-    cache_write: CacheWrite
     decode_attention: AttentionBackend
     linear: LinearProduct
     norm: Norm
     prefill_attention: AttentionBackend
-    rope: Rope
+    qkv: Qkv
     sample: Sample
 
 
@@ -44,12 +42,11 @@ def choose_kernels(query: OpQuery, attention: str = "auto") -> Kernels:
     probes = Probes(query)
     return Kernels(
         activation=_choose(ACTIVATION, query, probes.activation),
-        cache_write=_choose(CACHE_WRITE, query, probes.cache_write),
         decode_attention=_choose(DECODE_ATTENTION, query, probes.attention, attention),
         linear=_choose(LINEAR, query, probes.linear),
         norm=_choose(NORM, query, probes.norm),
         prefill_attention=_choose(PREFILL_ATTENTION, query, probes.attention, attention),
-        rope=_choose(ROPE, query, probes.rope),
+        qkv=_choose(QKV, query, probes.qkv),
         sample=_choose(SAMPLE, query, probes.sample),
     )
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from hornbeam.ops.activation.contract import Activation
 from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape, Rows
-from hornbeam.ops.cache_write.contract import CacheWrite
 from hornbeam.ops.linear.contract import LinearProduct
 from hornbeam.ops.norm.contract import Norm
+from hornbeam.ops.qkv.contract import HeadNorms, Qkv, Rotation
 from hornbeam.ops.query import OpQuery
-from hornbeam.ops.rope.contract import Rope
 from hornbeam.ops.sample.contract import Sample
 
 _MAX_PAGES = 4  # of the probe's page table
@@ -62,12 +61,6 @@ class Probes:
             plan(rows)(self._zeros(num_queries, query.num_heads, query.head_dim), pages, pages)
         self._wait()
 
-    def cache_write(self, backend: CacheWrite) -> None:
-        """One token."""
-        k = self._zeros(1, self._query.num_kv_heads, self._query.head_dim)
-        backend.write(k, k, self._pages(), self._pages(), self._integers(1))
-        self._wait()
-
     def linear(self, backend: LinearProduct) -> None:
         """One row and two."""
         for num_rows in (1, 2):
@@ -81,11 +74,15 @@ class Probes:
         backend.add_rms_norm(x, self._zeros(1, self._size), weight, 1e-6)
         self._wait()
 
-    def rope(self, backend: Rope) -> None:
-        """One token."""
+    def qkv(self, backend: Qkv) -> None:
+        """One token, normalised and rotated."""
         query = self._query
         q, k = self._zeros(1, query.num_heads, query.head_dim), self._zeros(1, query.num_kv_heads, query.head_dim)
-        backend.rotate(q, k, self._integers(1), torch.zeros(1, query.head_dim, device=self._device))
+        weight, zero = self._zeros(query.head_dim), self._integers(1)
+        table = torch.zeros(1, query.head_dim, device=self._device)
+        norms = HeadNorms(query=weight, key=weight, eps=1e-6)
+        rotation = Rotation(table=table, positions=zero)
+        backend.store(q, k, k, norms, rotation, self._pages(), self._pages(), zero)
         self._wait()
 
     def sample(self, backend: Sample) -> None:

@@ -9,18 +9,17 @@ from hornbeam.core.errors import ConfigError
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION
-from hornbeam.ops.cache_write.contract import CACHE_WRITE
 from hornbeam.ops.kernels import choose_kernels
 from hornbeam.ops.linear.contract import LINEAR
 from hornbeam.ops.norm.contract import NORM
 from hornbeam.ops.probes import Probes
+from hornbeam.ops.qkv.contract import QKV
 from hornbeam.ops.query import OpQuery
-from hornbeam.ops.rope.contract import ROPE
 from hornbeam.ops.sample.contract import SAMPLE
 
 pytestmark = pytest.mark.cpu
 
-REGISTRIES = (ACTIVATION, CACHE_WRITE, DECODE_ATTENTION, LINEAR, NORM, PREFILL_ATTENTION, ROPE, SAMPLE)
+REGISTRIES = (ACTIVATION, DECODE_ATTENTION, LINEAR, NORM, PREFILL_ATTENTION, QKV, SAMPLE)
 QUERY = OpQuery(device="cpu", dtype="float32", num_heads=4, num_kv_heads=2, head_dim=8, page_size=16)
 BROKEN = {
     "raises-on-import": ("raise OSError('no such driver')", "OSError: no such driver"),

@@ -5,9 +5,9 @@ from ops.closeness import assert_close
 pytest.importorskip("triton")
 
 from hornbeam.ops.activation.reference import ReferenceActivation
-from hornbeam.ops.cache_write.reference import ReferenceCacheWrite
+from hornbeam.ops.qkv.contract import HeadNorms, Rotation
+from hornbeam.ops.qkv.reference import ReferenceQkv
 from hornbeam.ops.rope.frequencies import rope_table
-from hornbeam.ops.rope.reference import ReferenceRope
 
 
 @pytest.mark.parametrize("size", [40, 1536])
@@ -18,29 +18,29 @@ def test_silu_mul(device, dtype, size):
     assert_close(BACKEND.silu_mul(x), ReferenceActivation().silu_mul(x))
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 24), (8, 1, 128)])
-def test_rotate_in_place_on_views_of_a_fused_projection(device, dtype, num_heads, num_kv_heads, head_dim):
-    from hornbeam.ops.rope.triton import BACKEND
-
-    qkv = torch.randn(6, num_heads + 2 * num_kv_heads, head_dim, device=device).to(dtype)
-    expected = qkv.clone()
-    positions = torch.tensor([0, 1, 2, 63, 7, 5], device=device)
-    table = rope_table(head_dim, 10000.0, None, 64).to(device)
-    for x, rope in ((qkv, BACKEND), (expected, ReferenceRope())):
-        q, k, _ = x.split((num_heads, num_kv_heads, num_kv_heads), 1)
-        rope.rotate(q, k, positions, table)
-    assert_close(qkv, expected)
+SHAPES = [(9, 3, 64, 64), (4, 4, 24, 24), (8, 1, 128, 128), (2, 2, 32, 8), (20, 10, 16, None)]
 
 
-@pytest.mark.parametrize(("num_heads", "head_dim"), [(3, 64), (1, 24)])
-def test_cache_write(device, dtype, num_heads, head_dim):
-    from hornbeam.ops.cache_write.triton import BACKEND
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim", "rotated"), SHAPES)
+@pytest.mark.parametrize("normed", [True, False])
+def test_heads_are_normalised_rotated_and_stored(device, dtype, num_heads, num_kv_heads, head_dim, rotated, normed):
+    from hornbeam.ops.qkv.triton import BACKEND
 
-    fused = torch.randn(5, 2 + 2 * num_heads, head_dim, device=device).to(dtype)
-    _, k, v = fused.split((2, num_heads, num_heads), 1)
+    fused = torch.randn(5, num_heads + 2 * num_kv_heads, head_dim, device=device).to(dtype)
     rows = torch.tensor([17, 3, 31, 8, 0], device=device)
-    pools = [[torch.zeros(4, 8, num_heads, head_dim, dtype=dtype, device=device) for _ in "kv"] for _ in range(2)]
-    BACKEND.write(k, v, *pools[0], rows)
-    ReferenceCacheWrite().write(k, v, *pools[1], rows)
-    for pages, expected in zip(*pools, strict=True):
-        assert torch.equal(pages, expected)
+    norms = rotation = None
+    if normed:
+        query, key = (torch.rand(head_dim, device=device).to(dtype) + 0.5 for _ in "qk")
+        norms = HeadNorms(query=query, key=key, eps=1e-5)
+    if rotated is not None:
+        positions = torch.tensor([0, 1, 63, 7, 5], device=device)
+        rotation = Rotation(table=rope_table(rotated, 10000.0, None, 64).to(device), positions=positions)
+    results = []
+    for backend in (BACKEND, ReferenceQkv()):
+        qkv = fused.clone()
+        pages = [torch.zeros(4, 8, num_kv_heads, head_dim, dtype=dtype, device=device) for _ in "kv"]
+        backend.store(*qkv.split((num_heads, num_kv_heads, num_kv_heads), 1), norms, rotation, *pages, rows)
+        results.append((qkv, *pages))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, roundings=2)
+    assert torch.equal(results[0][2].flatten(0, 1)[rows], fused[:, -num_kv_heads:])

@@ -32,10 +32,10 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None, positions: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, H]."""
-        qkv = self.qkv(x, fwd)
-        if self.norm is not None:
-            qkv = self.norm(qkv)
-        return self.output(self.attend(qkv, rotary, positions, fwd), fwd)
+        qkv, norm = self.qkv(x, fwd), self.norm
+        if norm is not None and not norm.per_head:
+            qkv, norm = norm(qkv), None
+        return self.output(self.attend(qkv, norm, rotary, positions, fwd), fwd)
 
 
 class LlamaMLP(nn.Module):

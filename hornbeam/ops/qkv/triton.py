@@ -1,0 +1,219 @@
+"""Norm, rotation and cache write as one kernel: a program takes some heads of one token."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.launch import early_launch
+from hornbeam.ops.qkv.contract import HeadNorms, Rotation
+from hornbeam.ops.query import OpQuery
+
+_MAX_HEADS = 8  # of one program
+
+
+@triton.jit
+def _load_heads(pointers, weights, inside, dims_inside, NORM: tl.constexpr):
+    """Some features of all heads, [heads, features], and their norm weights, [1, features]."""
+    x = tl.load(pointers, mask=inside, other=0.0)
+    if NORM:
+        return x, tl.load(weights, mask=dims_inside, other=0.0).to(tl.float32)
+    return x, x
+
+
+@triton.jit
+def _scaled(x, weight, factor):
+    """Normalised heads; rounds where the reference does."""
+    return (weight * (x.to(tl.float32) * factor).to(x.dtype).to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def _prepare_heads(
+    x_ptr,
+    head_stride,
+    weight_ptr,
+    table_ptr,
+    pages_ptr,
+    first_head,
+    num_heads,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    FIRST: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+    STORE: tl.constexpr,
+    CACHE: tl.constexpr,
+):
+    """HEADS heads of one token from `first_head` on: normalised, rotated, written back and to the cache.
+
+    The first FIRST features turn with the next FIRST ones (without a rotation they stay), the rest follow.
+    """
+    heads = first_head + tl.arange(0, HEADS)[:, None]
+    x_ptr += heads * head_stride
+    pages_ptr += heads * HEAD_DIM
+    half = tl.arange(0, HALF_BLOCK)[None, :]
+    half_inside = half < FIRST
+    inside = (heads < num_heads) & half_inside
+    first, first_weight = _load_heads(x_ptr + half, weight_ptr + half, inside, half_inside, NORM)
+    second, second_weight = _load_heads(x_ptr + FIRST + half, weight_ptr + FIRST + half, inside, half_inside, NORM)
+    rest = tl.arange(0, REST_BLOCK)[None, :]
+    rest_inside = rest < HEAD_DIM - 2 * FIRST
+    inside_rest = (heads < num_heads) & rest_inside
+    if HEAD_DIM > 2 * FIRST:
+        tail, tail_weight = _load_heads(
+            x_ptr + 2 * FIRST + rest, weight_ptr + 2 * FIRST + rest, inside_rest, rest_inside, NORM
+        )
+    if NORM:
+        wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+        squares = tl.sum(wide_first * wide_first + wide_second * wide_second, 1)
+        if HEAD_DIM > 2 * FIRST:
+            wide = tail.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+        factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        first = _scaled(first, first_weight, factor)
+        second = _scaled(second, second_weight, factor)
+        if HEAD_DIM > 2 * FIRST:
+            tail = _scaled(tail, tail_weight, factor)
+    if ROTATED:
+        cos = tl.load(table_ptr + half, mask=half_inside, other=0.0)
+        sin = tl.load(table_ptr + FIRST + half, mask=half_inside, other=0.0)
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        first = (a * cos - b * sin).to(first.dtype)
+        second = (b * cos + a * sin).to(second.dtype)
+    if STORE:
+        tl.store(x_ptr + half, first, mask=inside)
+        tl.store(x_ptr + FIRST + half, second, mask=inside)
+        if HEAD_DIM > 2 * FIRST and NORM:
+            tl.store(x_ptr + 2 * FIRST + rest, tail, mask=inside_rest)
+    if CACHE:
+        tl.store(pages_ptr + half, first, mask=inside)
+        tl.store(pages_ptr + FIRST + half, second, mask=inside)
+        if HEAD_DIM > 2 * FIRST:
+            tl.store(pages_ptr + 2 * FIRST + rest, tail, mask=inside_rest)
+
+
+@triton.jit
+def _store_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    table_ptr,
+    positions_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    rows_ptr,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    FIRST: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Programs of a token: first its query heads, then its keys, then its values, HEADS at a time."""
+    NUM_QUERY_PARTS: tl.constexpr = NUM_HEADS // HEADS + (NUM_HEADS % HEADS != 0)
+    NUM_KV_PARTS: tl.constexpr = NUM_KV_HEADS // HEADS + (NUM_KV_HEADS % HEADS != 0)
+    STAYS: tl.constexpr = not NORM and ROTATED == 0
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.load(rows_ptr + token) * (NUM_KV_HEADS * HEAD_DIM)
+    table = table_ptr
+    if ROTATED:
+        table += tl.load(positions_ptr + token) * (2 * FIRST)
+    if part < NUM_QUERY_PARTS:
+        if not STAYS:
+            _prepare_heads(
+                q_ptr + token * q_stride, q_head_stride, q_weight_ptr, table, k_pages_ptr, part * HEADS, NUM_HEADS, eps,
+                HEAD_DIM, ROTATED, FIRST, HEADS, HALF_BLOCK, REST_BLOCK, NORM, True, False,
+            )  # fmt: skip
+    elif part < NUM_QUERY_PARTS + NUM_KV_PARTS:
+        _prepare_heads(
+            k_ptr + token * k_stride, k_head_stride, k_weight_ptr, table, k_pages_ptr + row,
+            (part - NUM_QUERY_PARTS) * HEADS, NUM_KV_HEADS, eps,
+            HEAD_DIM, ROTATED, FIRST, HEADS, HALF_BLOCK, REST_BLOCK, NORM, not STAYS, True,
+        )  # fmt: skip
+    else:
+        _prepare_heads(
+            v_ptr + token * v_stride, v_head_stride, k_weight_ptr, table, v_pages_ptr + row,
+            (part - NUM_QUERY_PARTS - NUM_KV_PARTS) * HEADS, NUM_KV_HEADS, eps,
+            HEAD_DIM, False, FIRST, HEADS, HALF_BLOCK, REST_BLOCK, False, False, True,
+        )  # fmt: skip
+
+
+class TritonQkv:
+    """See `Qkv`."""
+
+    def supports(self, query: OpQuery) -> str | None:
+        """CUDA devices."""
+        return needs_cuda(query)
+
+    def store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: HeadNorms | None,
+        rotation: Rotation | None,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        rows: Tensor,
+    ) -> None:
+        """See `Qkv`."""
+        assert q.stride(2) == k.stride(2) == v.stride(2) == 1, "a head's features must be adjacent"
+        assert k_pages.is_contiguous()
+        assert v_pages.is_contiguous()
+        num_tokens, num_heads, head_dim = q.shape
+        num_kv_heads = k.shape[1]
+        first = (rotation.table.shape[1] if rotation else head_dim) // 2
+        heads = min(_MAX_HEADS, triton.next_power_of_2(num_kv_heads))
+        num_parts = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
+        _store_kernel[(num_tokens, num_parts)](
+            q,
+            k,
+            v,
+            norms.query if norms else q,
+            norms.key if norms else k,
+            rotation.table if rotation else rows,
+            rotation.positions if rotation else rows,
+            k_pages,
+            v_pages,
+            rows,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            norms.eps if norms else 0.0,
+            NUM_HEADS=num_heads,
+            NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            ROTATED=rotation is not None,
+            FIRST=first,
+            HEADS=heads,
+            HALF_BLOCK=triton.next_power_of_2(first),
+            REST_BLOCK=triton.next_power_of_2(max(head_dim - 2 * first, 1)),
+            NORM=norms is not None,
+            num_warps=2,
+            **early_launch(q.device),
+        )
+
+
+BACKEND = TritonQkv()
