@@ -16,7 +16,7 @@ from hornbeam.bench.workloads import WORKLOADS, warm_up
 from hornbeam.config.flags import check_flags
 from hornbeam.core.errors import HornbeamError
 from hornbeam.engine.logs import set_up_logging
-from hornbeam.scheduler.admission import POLICIES, RANDOM
+from hornbeam.scheduler.waiting import POLICIES, RANDOM
 from hornbeam.serve.cli import add_flags
 
 _ROW = "{:<10} {:>8} {:>10} {:>10} {:>10} {:>9} {:>11} {:>13}"

@@ -1,6 +1,6 @@
-"""The nodes of the prefix tree, what it is asked and told, and the orders in which nodes are evicted."""
+"""The nodes of the prefix tree, and what it is asked and told."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 WRITTEN = -1  # `step_id` of a node whose rows were complete when it was added
@@ -29,20 +29,6 @@ class Node:
     def start(self) -> int:
         """Tokens from the root to this node's begin."""
         return self.length - len(self.key)
-
-    @property
-    def whole(self) -> bool:
-        """Every group has its pages."""
-        return all(self.pages)
-
-
-# What is evicted first has the smallest key. slru: what was used once goes before all that was used again.
-EVICTION_ORDERS: dict[str, Callable[[Node], tuple[int, int]]] = {
-    "lru": lambda node: (0, node.used_at),
-    "lfu": lambda node: (node.num_uses, node.used_at),
-    "slru": lambda node: (min(node.num_uses, 2), node.used_at),
-    "priority": lambda node: (node.priority, node.used_at),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,3 +63,19 @@ def nodes_below(node: Node) -> Iterator[Node]:
         node = stack.pop()
         yield node
         stack.extend(node.children.values())
+
+
+def common_length(key: list[int], tokens: list[int], position: int, limit: int, unit: int) -> int:
+    """Tokens, in whole units, that `key` and `tokens[position:limit]` share; the first unit is known to match."""
+    longest = min(len(key), (limit - position) // unit * unit)
+    if tokens[position : position + longest] == key[:longest]:
+        return longest
+    low, high = 1, longest // unit  # units: `low` are equal, `high` are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        begin, end = low * unit, middle * unit
+        if tokens[position + begin : position + end] == key[begin:end]:
+            low = middle
+        else:
+            high = middle
+    return low * unit

@@ -10,12 +10,11 @@ the tree too. A hit is valid where every windowed group has the whole window bef
 request holds, per windowed group, the nodes of its window: what nobody holds can be evicted from that group alone.
 """
 
-import heapq
 from collections import Counter
 from collections.abc import Sequence
 
-from hornbeam.cache.node import EVICTION_ORDERS, WRITTEN, Holder, Match, Node, nodes_below, path_of
-from hornbeam.cache.pages import PADDING_PAGE, PagePool
+from hornbeam.cache.node import WRITTEN, Holder, Match, Node, common_length, nodes_below, path_of
+from hornbeam.cache.pages import EVICTION_ORDERS, PADDING_PAGE, LeafQueue, PageAccounts, PagePool
 
 
 class PrefixTree:
@@ -44,21 +43,16 @@ class PrefixTree:
         self._windows = windows or {}
         self._roots: dict[str, Node] = {}
         self._clock = 0
-        self._order = EVICTION_ORDERS[policy]
-        self._queue: list[tuple[tuple[int, int], int, Node]] = []  # evictable leaves: (key, tie breaker, node); lazy
-        self._idle: dict[int, dict[Node, None]] = {group: {} for group in self._windows}  # held by nobody, oldest first
-        self._num_queued = 0
-        self._num_dead = 0  # entries of evicted nodes in the queue
-        self._num_pages = [0] * len(self._pools)
-        self._num_evictable = [0] * len(self._pools)
+        self._leaves = LeafQueue(EVICTION_ORDERS[policy])
+        self._accounts = PageAccounts(self._pools, page_size, self._windows)
 
     def num_pages(self, group: int = 0) -> int:
         """Pages of all nodes, revoked ones with locks included."""
-        return self._num_pages[group]
+        return self._accounts.num_pages[group]
 
     def num_evictable(self, group: int = 0) -> int:
         """Pages of the nodes without a lock; in a windowed group, of those that nobody holds."""
-        return self._num_evictable[group]
+        return self._accounts.num_evictable[group]
 
     def __contains__(self, namespace: str) -> bool:
         return namespace in self._roots
@@ -109,7 +103,7 @@ class PrefixTree:
                 break
             node = child
             num_key = len(child.key)
-            common = num_key if num_key == unit else self._common_length(child.key, tokens, position, limit)
+            common = num_key if num_key == unit else common_length(child.key, tokens, position, limit, unit)
             position += common
             path.append(child)
             for group in known:
@@ -146,13 +140,8 @@ class PrefixTree:
             used_at=self._clock,
         )
         node.children[first] = leaf
-        for group, ids in enumerate(leaf.pages):
-            assert len(ids) * self._page_size == len(key) or (group in self._windows and not ids), "pages and tokens"
-            self._num_pages[group] += len(ids)
-            self._num_evictable[group] += len(ids)
-            if group in self._idle and ids:
-                self._idle[group][leaf] = None
-        self._enqueue(leaf)
+        self._accounts.add(leaf)
+        self._leaves.push(leaf)
         return leaf
 
     def insert(self, start: Node, tokens: list[int], length: int, pages: Sequence[list[int]]) -> None:
@@ -173,7 +162,9 @@ class PrefixTree:
             end = next(cut for cut in cuts if cut > position)
             child = node.children.get(tuple(tokens[position : position + self._unit]))
             if child is not None:
-                common = self._common_length(child.key, tokens, position, length if child.whole else min(end, length))
+                common = common_length(
+                    child.key, tokens, position, length if all(child.pages) else min(end, length), self._unit
+                )
                 end = position + common
                 child = child if common == len(child.key) else self._split(child, common)
             cut = slice((position - start.length) // self._page_size, (end - start.length) // self._page_size)
@@ -184,10 +175,7 @@ class PrefixTree:
                 parts = [[] if kept_ids else ids for kept_ids, ids in zip(kept, parts, strict=True)]
             for group, ids in enumerate(parts):
                 if ids and not child.pages[group] and ids[0] != PADDING_PAGE:
-                    child.pages[group] = ids
-                    self._num_pages[group] += len(ids)
-                    if not child.holds[group]:
-                        self._become_idle(group, child)
+                    self._accounts.fill(group, child, ids)
                 else:
                     self._pools[group].free([page for page in ids if page != PADDING_PAGE])
             node, position = child, end
@@ -203,7 +191,7 @@ class PrefixTree:
         while walk is not above:
             assert walk is not None, "`above` is an ancestor"
             if walk.num_locks == 0:
-                self._count_evictable(walk, -1)
+                self._accounts.lock(walk)
             walk.num_locks += 1
             walk = walk.parent
 
@@ -221,9 +209,9 @@ class PrefixTree:
                 walk.priority = max(walk.priority, priority)
             if walk.num_locks == 0:
                 if walk.revoked:
-                    self._free(walk)
+                    self._accounts.free(walk)
                 else:
-                    self._count_evictable(walk, 1)
+                    self._accounts.unlock(walk)
                     self._settle(walk)
             walk = parent
 
@@ -235,7 +223,7 @@ class PrefixTree:
         begin, walk = node.length, node
         while walk is not above and walk.length > first:
             self._cut_behind(group, walk, first)
-            self._no_longer_idle(group, walk)
+            self._accounts.hold(group, walk)
             walk.holds[group] += 1
             begin = walk.start
             assert walk.parent is not None, "`above` is an ancestor"
@@ -258,20 +246,24 @@ class PrefixTree:
                 held_from = max(held_from, walk.length)
                 walk.holds[group] -= 1
                 if walk.holds[group] == 0 and not walk.revoked:
-                    self._become_idle(group, walk)
+                    self._accounts.let_go(group, walk)
             walk = walk.parent
         return held_from
 
     def evict(self, num_pages: int, group: int = 0) -> int:
         """Free at least `num_pages` pages of `group`, if so many are not in use. Returns how many it freed."""
-        before = self._num_pages[group]
-        queue = self._idle[group] if group in self._windows else self._queue
-        while before - self._num_pages[group] < num_pages and queue:
+        num_pages_held = self._accounts.num_pages
+        before = num_pages_held[group]
+        while before - num_pages_held[group] < num_pages:
+            node = self._accounts.first_idle(group) if group in self._windows else self._leaves.pop()
+            if node is None:
+                break
             if group in self._windows:
-                self._evict_window(group, next(iter(self._idle[group])))
+                self._accounts.free_window(group, node)
+                self._settle(node)
             else:
-                self._evict_leaf()
-        return before - self._num_pages[group]
+                self._settle(self._unlink(node))
+        return before - num_pages_held[group]
 
     def revoke(self, node: Node) -> None:
         """Take out what the step that writes `node` has added here, with everything below: the rows are not valid.
@@ -284,13 +276,7 @@ class PrefixTree:
             node = node.parent  # parts of the same stretch, split since
         for below in list(nodes_below(node)):
             below.revoked = True
-            for group, ids in enumerate(below.pages):
-                if group in self._windows:
-                    self._no_longer_idle(group, below)
-                elif below.num_locks == 0:
-                    self._num_evictable[group] -= len(ids)
-            if below.num_locks == 0:
-                self._free(below)
+            self._accounts.remove(below)
         assert node.parent is not None, "a root is never revoked"
         del node.parent.children[tuple(node.key[: self._unit])]
         self._settle(node.parent)
@@ -300,13 +286,9 @@ class PrefixTree:
         for root in list(self._roots.values()):
             for node in list(nodes_below(root)):
                 assert node.num_locks == 0, f"tokens up to {node.length} are locked {node.num_locks} times"
-                self._free(node)
+                self._accounts.remove(node)
         self._roots.clear()
-        self._queue.clear()
-        self._num_dead = 0
-        for idle in self._idle.values():
-            idle.clear()
-        self._num_evictable = [0] * len(self._pools)
+        self._leaves.clear()
 
     def check(self, holders: Sequence[Holder]) -> None:
         """Verify the structure, and every count given the locks. Raises AssertionError."""
@@ -319,44 +301,10 @@ class PrefixTree:
                 assert node.length == node.parent.length + len(node.key), "lengths do not add up"
                 assert len(node.key) % self._unit == 0, "a node ends inside a unit"
                 assert node.queued or node.num_locks or node.children, "a leaf that can never be evicted"
-                assert node.whole or node.num_locks or node.children, "a tombstone that nobody can reach"
+                assert all(node.pages) or node.num_locks or node.children, "a tombstone that nobody can reach"
         for node in nodes | locks.keys():
             assert node.num_locks == locks[node], f"{node.num_locks} locks at {node.length} tokens, {locks[node]} held"
-        for group in range(len(self._pools)):
-            self._check_group(group, holders, nodes, locks)
-
-    def _check_group(self, group: int, holders: Sequence[Holder], nodes: set[Node], locks: Counter[Node]) -> None:
-        windowed = group in self._windows
-        if windowed:
-            paths = ((node, holder) for holder in holders for node in path_of(holder.node) if node.parent is not None)
-            uses = Counter(node for node, holder in paths if node.start >= holder.held_from[group])
-            for node in nodes | locks.keys():
-                assert node.holds[group] == uses[node], f"{node.holds[group]} windows, {uses[node]} held"
-        else:
-            uses = locks
-        for node in nodes | locks.keys():
-            num_pages = len(node.pages[group])
-            assert num_pages * self._page_size == len(node.key) or (windowed and not num_pages), "pages and tokens"
-        num_pages = sum(len(node.pages[group]) for node in nodes | locks.keys())
-        assert num_pages == self._num_pages[group], f"{num_pages} pages in the tree, {self._num_pages[group]} counted"
-        num_evictable = sum(len(node.pages[group]) for node in nodes if not uses[node])
-        counted = self._num_evictable[group]
-        assert num_evictable == counted, f"group {group}: {num_evictable} evictable pages, {counted} counted"
-
-    def _common_length(self, key: list[int], tokens: list[int], position: int, limit: int) -> int:
-        """Tokens, in whole units, that `key` and `tokens[position:limit]` share; the first unit is known to match."""
-        longest = min(len(key), (limit - position) // self._unit * self._unit)
-        if tokens[position : position + longest] == key[:longest]:
-            return longest
-        low, high = 1, longest // self._unit  # units: `low` are equal, `high` are not
-        while high - low > 1:
-            middle = (low + high) // 2
-            begin, end = low * self._unit, middle * self._unit
-            if tokens[position + begin : position + end] == key[begin:end]:
-                low = middle
-            else:
-                high = middle
-        return low * self._unit
+        self._accounts.check(holders, nodes, locks)
 
     def _first_whole(self, page_ids: list[int], begin: int) -> int:
         """The first unit border from which on no page is missing; `page_ids` starts at token `begin`."""
@@ -385,9 +333,7 @@ class PrefixTree:
         node.parent, node.key = upper, node.key[length:]
         node.pages = [ids[num_pages:] for ids in node.pages]
         upper.children[tuple(node.key[: self._unit])] = node
-        for idle in self._idle.values():
-            if node in idle:
-                idle[upper] = None
+        self._accounts.split(node, upper)
         return upper
 
     def _cut_behind(self, group: int, node: Node, first: int) -> None:
@@ -396,58 +342,14 @@ class PrefixTree:
         if max(self._windows[group], self._unit) <= behind < len(node.key):
             self._split(node, behind)
 
-    def _count_evictable(self, node: Node, sign: int) -> None:
-        for group, ids in enumerate(node.pages):
-            if group not in self._windows:
-                self._num_evictable[group] += sign * len(ids)
-
-    def _become_idle(self, group: int, node: Node) -> None:
-        """The node's pages in a windowed group, if it has any, can be evicted from now on."""
-        if node.pages[group]:
-            self._idle[group][node] = None
-            self._num_evictable[group] += len(node.pages[group])
-
-    def _no_longer_idle(self, group: int, node: Node) -> None:
-        if node in self._idle[group]:
-            del self._idle[group][node]
-            self._num_evictable[group] -= len(node.pages[group])
-
-    def _enqueue(self, node: Node) -> None:
-        if not node.queued and not node.children and node.parent is not None:
-            node.queued = True
-            self._num_queued += 1
-            heapq.heappush(self._queue, (self._order(node), self._num_queued, node))
-
-    def _evict_leaf(self) -> None:
-        """Evict the first of the queue, if it still is a leaf that nobody has used since it was queued."""
-        key, _, node = heapq.heappop(self._queue)
-        node.queued = False
-        if node.parent is None:
-            self._num_dead -= 1
-            return
-        if node.num_locks or node.children or node.revoked:
-            return  # comes back when it is an unlocked leaf again
-        if self._order(node) != key:
-            self._enqueue(node)
-        else:
-            self._settle(self._unlink(node))
-
-    def _evict_window(self, group: int, node: Node) -> None:
-        """Take the group's pages from `node`, which nobody holds."""
-        self._no_longer_idle(group, node)
-        self._num_pages[group] -= len(node.pages[group])
-        self._pools[group].free(node.pages[group])
-        node.pages[group] = []
-        self._settle(node)
-
     def _settle(self, node: Node) -> None:
         """If nobody uses this leaf: it can be evicted, and is if no match could end there. Then its parent is one."""
         while not node.num_locks and not node.children:
             if node.parent is None:
                 self._roots.pop(node.namespace, None)  # forget a namespace that nothing is left of
                 return
-            if node.whole:
-                self._enqueue(node)
+            if all(node.pages):
+                self._leaves.push(node)
                 return
             node = self._unlink(node)
 
@@ -455,21 +357,8 @@ class PrefixTree:
         """Evict an unlocked leaf; returns its parent."""
         parent = node.parent
         assert parent is not None, "a root has no pages"
-        self._count_evictable(node, -1)
-        for group in self._windows:
-            self._no_longer_idle(group, node)
-        self._free(node)
+        self._accounts.remove(node)
         del parent.children[tuple(node.key[: self._unit])]
         node.parent = None
-        self._num_dead += node.queued
-        if self._num_dead > len(self._queue) // 2:
-            self._queue = [entry for entry in self._queue if entry[2].parent is not None]
-            heapq.heapify(self._queue)
-            self._num_dead = 0
+        self._leaves.discard(node)
         return parent
-
-    def _free(self, node: Node) -> None:
-        for group, ids in enumerate(node.pages):
-            self._num_pages[group] -= len(ids)
-            self._pools[group].free(ids)
-        node.pages = [[] for _ in self._pools]

@@ -1,10 +1,11 @@
 """What requests hold: slots, pages of every cache group, and locks in the prefix tree.
 
-The one place where a request's memory is taken and given back. Knows nothing of queues and order.
+The one place where a request's memory is taken and given back, and where it is known who has any. Knows nothing of
+queues and policies.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hornbeam.cache.node import Holder, Node
 from hornbeam.cache.pages import PADDING_PAGE, PagePool
@@ -242,3 +243,55 @@ class Memory:
             if state.held_from[group] >= above.length:
                 state.held_from[group] = begin
         state.node = node
+
+
+class Running:
+    """The requests that have memory. Those that run are in exactly one of three sets, each in order of admission.
+
+    One that leaves while steps in flight may still write to its pages keeps them until those steps have been applied.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self.prefilling: dict[RequestState, None] = {}
+        self.decoding: dict[RequestState, None] = {}
+        self.ending: dict[RequestState, None] = {}  # their last step is planned
+        self.leaving: dict[RequestState, None] = {}  # finished or retracted; a step in flight contains them
+        self.applied = -1  # the last step whose result was applied
+
+    def __len__(self) -> int:
+        """Requests that run."""
+        return len(self.prefilling) + len(self.decoding) + len(self.ending)
+
+    def __iter__(self) -> Iterator[RequestState]:
+        yield from self.decoding
+        yield from self.prefilling
+        yield from self.ending
+
+    @property
+    def retractable(self) -> list[RequestState]:
+        """Those that run and have more to do than what is planned."""
+        return [*self.decoding, *self.prefilling]
+
+    def place(self, state: RequestState) -> None:
+        """Put a request, of which a chunk was just planned, where it belongs."""
+        self.prefilling.pop(state, None)
+        if state.kv_len < state.prefill_end:
+            self.prefilling[state] = None
+        else:
+            (self.decoding if state.kv_len < state.last_kv_len else self.ending)[state] = None
+
+    def leave(self, state: RequestState) -> None:
+        """It does not run any more, if it did: give its memory back, now or when steps in flight allow it."""
+        for phase in (self.decoding, self.prefilling, self.ending):
+            phase.pop(state, None)
+        if state.last_step > self.applied:
+            self.leaving[state] = None
+        elif state.node is not None and state not in self.leaving:
+            self._memory.release(state)
+
+    def release_left(self) -> None:
+        """Give back what no step in flight writes to any more."""
+        for state in [state for state in self.leaving if state.last_step <= self.applied]:
+            del self.leaving[state]
+            self._memory.release(state)

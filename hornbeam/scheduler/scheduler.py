@@ -2,9 +2,9 @@
 
 Steps overlap: `plan` may be called again before the results of earlier plans were applied. Planning therefore
 works with upper bounds (`kv_len`), which it never lets pass the ends that are known in advance; a stop is found when
-a result is applied, and what later steps in flight yield for that request is dropped. Memory of a request that ended
-or was retracted comes back when the last step that contains it has been applied.
+a result is applied, and what later steps in flight yield for that request is dropped.
 
+Requests come, end and are told of here; `planning` says what a step does, `waiting` who is next, `memory` owns pages.
 Knows no text, no tensors and no model: token ids, page numbers, budgets.
 """
 
@@ -15,16 +15,14 @@ from typing import Literal
 from hornbeam.config.components import CacheOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import BadRequest, Overloaded
-from hornbeam.core.plan import Chunk, PageGrant, SlotStart, StepPlan, StepResult
+from hornbeam.core.plan import StepPlan, StepResult
 from hornbeam.core.request import Finish, Request, RequestOutput, Status
-from hornbeam.scheduler.admission import Limits, OutputEstimate, WaitingQueue
-from hornbeam.scheduler.memory import Memory
+from hornbeam.scheduler.memory import Memory, Running
+from hornbeam.scheduler.planning import OutputEstimate, Planner
 from hornbeam.scheduler.state import RequestState, SchedulerStats, Step
+from hornbeam.scheduler.waiting import Limits, WaitingQueue, precedence_of
 
 PauseMode = Literal["in_place", "retract", "abort"]
-
-# With pages smaller than this, a decode row takes several at once, so that page tables change rarely.
-GRANT_TOKENS = 16
 
 
 class Scheduler:
@@ -69,26 +67,25 @@ class Scheduler:
         self._eos_ids = eos_ids
         self._random = random.Random(options.seed)
         self._states: dict[str, RequestState] = {}  # all that have not finished
-        self._queue = WaitingQueue(options.policy, self._memory.known_prefix, self._precedence, options.seed)
-        # Running requests are in exactly one of these three ordered sets, each ordered by arrival.
-        self._prefilling: dict[RequestState, None] = {}
-        self._decoding: dict[RequestState, None] = {}
-        self._ending: dict[RequestState, None] = {}  # their last step is planned
-        self._leaving: dict[RequestState, None] = {}  # finished or retracted; a step in flight contains them
+        precedence = precedence_of(options)
+        self._queue = WaitingQueue(options.policy, self._memory.known_prefix, precedence, options.seed)
+        self._running = Running(self._memory)
+        self._planner = Planner(
+            options, self._memory, self._queue, self._running, self._estimate, precedence, self._finish
+        )
         self._in_flight: deque[Step] = deque()
         self._num_planned = 0  # steps, and so the next step's id
-        self._applied = -1  # the last applied step's id
         self._paused = False
         self._news: dict[RequestState, None] = {}
         self._num_submitted = 0
-        self._total_prompt = self._total_cached = self._total_generated = self._total_retractions = 0
+        self._total_prompt = self._total_cached = self._total_generated = 0
 
     # What is going on.
 
     @property
     def num_running(self) -> int:
         """Requests that hold a slot and have not finished."""
-        return len(self._prefilling) + len(self._decoding) + len(self._ending)
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -122,12 +119,12 @@ class Scheduler:
             total_prompt_tokens=self._total_prompt,
             total_cached_tokens=self._total_cached,
             total_generated_tokens=self._total_generated,
-            total_retractions=self._total_retractions,
+            total_retractions=self._planner.num_retractions,
         )
 
     def check(self) -> None:
         """Verify that every page, slot and lock is held by someone who runs. Raises AssertionError with details."""
-        holders = [*self._prefilling, *self._decoding, *self._ending, *self._leaving]
+        holders = [*self._running, *self._running.leaving]
         assert self.has_work or not holders, f"idle, but {len(holders)} requests hold memory"
         self._memory.check(holders)
 
@@ -193,8 +190,8 @@ class Scheduler:
         if mode == "abort":
             self.abort_all()
         elif mode == "retract":
-            for state in sorted((*self._decoding, *self._prefilling), key=lambda state: -state.arrival):
-                self._retract(state)
+            for state in sorted(self._running.retractable, key=lambda state: -state.arrival):
+                self._planner.retract(state)
 
     def resume(self) -> None:
         """Go on after `pause`."""
@@ -232,13 +229,7 @@ class Scheduler:
         """The next step, or None if nothing can run before a result is applied, a request submitted or `resume`."""
         if self._paused:
             return None
-        while True:
-            step = Step(step_id=self._num_planned)
-            self._plan_decode(step)
-            self._plan_chunks(step)
-            short = step.starved or (step.empty and not self._in_flight)
-            if not (short and self._relieve() and step.empty):
-                break  # else there is room now: try again
+        step = self._planner.plan(self._num_planned, in_flight=bool(self._in_flight))
         if step.empty:
             assert self._in_flight or not self._states, "requests are left, and none of them can ever run"
             return None
@@ -254,173 +245,20 @@ class Scheduler:
             top_logprobs=max((state.num_top for state in step.rows), default=-1),
         )
 
-    def _plan_decode(self, step: Step) -> None:
-        """One token for every request whose prompt is done; one that finds no page waits."""
-        step_id, rows, slots, lens = step.step_id, step.rows, step.decode, step.decode_lens
-        ended: list[RequestState] = []
-        for state in self._decoding:
-            kv_len = state.kv_len + 1
-            if kv_len > state.capacity:
-                ahead = min(kv_len + GRANT_TOKENS - 1, state.last_kv_len)
-                if not (self._memory.grow(state, ahead) or self._memory.grow(state, kv_len)):
-                    step.starved = True
-                    continue
-                self._grant(state, step)
-            state.kv_len = kv_len
-            state.last_step = step_id
-            rows.append(state)
-            slots.append(state.slot)
-            lens.append(kv_len)
-            if kv_len == state.last_kv_len:
-                ended.append(state)
-        for state in ended:
-            del self._decoding[state]
-            self._ending[state] = None
-
-    def _plan_chunks(self, step: Step) -> None:
-        """Stretches of prompts, up to the budget: begun prompts first, then the queue's head as long as it fits."""
-        budget = self._memory.chunk_size
-        for state in list(self._prefilling):
-            num_tokens = self._plan_chunk(state, budget, step)
-            if num_tokens == 0:
-                return
-            budget -= num_tokens
-        while budget > 0 and (head := self._queue.head()) is not None:
-            ready = head not in self._leaving and self._memory.num_free_slots
-            num_tokens = self._admit(head, budget, step) if ready else 0
-            if num_tokens == 0:
-                self._preempt(head)
-                return
-            budget -= num_tokens
-
-    def _admit(self, state: RequestState, budget: int, step: Step) -> int:
-        """Start the queue's head, if there is room. Returns the tokens planned, 0 if it has to wait."""
-        state.prefill_end = len(state.tokens)
-        self._memory.attach(state)
-        num_cached = state.kv_len
-        num_tokens = self._plan_chunk(state, budget, step) if self._has_room(state) else 0
-        if num_tokens == 0:
-            self._memory.release(state)
-            return 0
-        self._queue.remove(state)
-        state.status = Status.RUNNING
-        state.since = None
-        sampling, seed = state.request.sampling, state.seed
-        step.starts.append(SlotStart(slot=state.slot, num_cached=num_cached, sampling=sampling, seed=seed))
-        return num_tokens
-
-    def _has_room(self, state: RequestState) -> bool:
-        """The rule of admission: beside the prompts begun and this one, a reserve stays for what will be generated.
-
-        With nobody running it is met by definition, as a prompt that cannot fit alone was refused.
-        """
-        if self.num_running == 0:
-            return True
-        num_left = [other.prefill_end - other.kv_len for other in (*self._prefilling, state)]
-        running = (*self._decoding, *self._prefilling, *self._ending, state)
-        return self._memory.has_room(num_left, self._estimate.num_to_come(running))
-
-    def _preempt(self, head: RequestState) -> None:
-        """The head of the queue has to wait: retract a running request of a priority that is low enough."""
-        gap = self._options.preemption_gap
-        if not self._options.priorities or gap is None or self._leaving:
-            return
-        running = [*self._decoding, *self._prefilling]
-        if running:
-            victim = max(running, key=lambda state: (self._precedence(state.request), state.arrival))
-            if self._precedence(victim.request) - self._precedence(head.request) >= gap:
-                self._retract(victim)
-
-    def _precedence(self, request: Request) -> int:
-        """The smallest goes first."""
-        if not self._options.priorities:
-            return 0
-        return request.priority if self._options.low_priority_first else -request.priority
-
-    def _plan_chunk(self, state: RequestState, budget: int, step: Step) -> int:
-        """The next stretch of one prompt, at most `budget` tokens. Returns its length, 0 if it has to wait."""
-        self._memory.reuse(state, idle=state.last_step <= self._applied)
-        start, end = state.kv_len, min(state.prefill_end, state.kv_len + budget)
-        if end < state.prefill_end:
-            end -= end % self._memory.unit
-        if end <= start or not self._memory.grow(state, end):
-            return 0
-        self._grant(state, step)
-        done = end == state.prefill_end
-        samples = done and end < state.max_tokens
-        token_ids = tuple(state.tokens[start:end])
-        step.chunks.append(Chunk(slot=state.slot, start=start, token_ids=token_ids, samples=samples))
-        if samples:
-            step.rows.append(state)
-        else:
-            step.silent[state] = end
-        state.kv_len = end
-        state.last_step = step.step_id
-        node = self._memory.publish(state, start, step.step_id)
-        if node is not None:
-            step.published.append(node)
-        self._prefilling.pop(state, None)
-        phase = self._prefilling if not done else self._decoding if end < state.last_kv_len else self._ending
-        phase[state] = None
-        return end - start
-
-    def _grant(self, state: RequestState, step: Step) -> None:
-        first = state.num_granted
-        for group, page_ids in enumerate(state.pages):
-            begin = max(first, state.floors[group])
-            new = tuple(page_ids[begin:])
-            step.grants.append(PageGrant(slot=state.slot, group=group, first=begin, page_ids=new))
-        state.num_granted = len(state.pages[0])
-
-    def _relieve(self) -> bool:
-        """Pages are short: retract the youngest request; one that is alone fails. False if pages will come anyway."""
-        if self._leaving or self._ending:
-            return False
-        # Nobody runs: a retracted head of the queue may have grown beyond the pool, on pages that it shared.
-        head = self._queue.head()
-        candidates = [*self._decoding, *self._prefilling] or ([] if head is None else [head])
-        if not candidates:
-            return False
-        victim = max(candidates, key=lambda state: (self._precedence(state.request), state.arrival))
-        if len(candidates) > 1:
-            self._retract(victim)
-            return True
-        if victim.last_step > self._applied:
-            return False  # what is in flight may end it
-        needed, total = max(victim.kv_len + 1, victim.prefill_end), self._memory.max_total_tokens
-        message = (
-            f"the request needs keys and values of {needed} tokens, but the cache holds max_total_tokens={total}; "
-            "raise --max-total-tokens or ask for fewer new tokens"
-        )
-        self._finish(victim, Finish(type="abort", message=message, status=500))
-        return True
-
-    def _retract(self, state: RequestState) -> None:
-        """Send a running request back to the queue's front; it will compute its tokens so far again."""
-        self._drop_phase(state)
-        state.status = Status.WAITING
-        state.since = None
-        state.num_retractions += 1
-        self._total_retractions += 1
-        self._queue.push_back(state)
-        self._leave(state)
-
     # Results.
 
     def apply(self, result: StepResult) -> None:
         """Take the result of the oldest step in flight. Linear in its rows."""
         step = self._in_flight.popleft()
         assert result.step_id == step.step_id, f"result of step {result.step_id}, expected {step.step_id}"
-        self._applied = step.step_id
+        self._running.applied = step.step_id
         if result.error is not None:
             self._fail(step, result.error)
         else:
             self._accept(step, result)
         if self._memory.has_windows:
             self._leave_behind(step)
-        for state in [state for state in self._leaving if state.last_step <= self._applied]:
-            del self._leaving[state]
-            self._memory.release(state)
+        self._running.release_left()
 
     def _accept(self, step: Step, result: StepResult) -> None:
         logprobs = result.logprobs or ((),) * len(step.rows)
@@ -433,7 +271,7 @@ class Scheduler:
             if finish is not None:
                 self._finish(state, finish)
         for state in step.silent:
-            if state.last_step == step.step_id and state in self._ending:
+            if state.last_step == step.step_id and state in self._running.ending:
                 self._finish(state, Finish(type="length", length=0))
 
     def _leave_behind(self, step: Step) -> None:
@@ -451,7 +289,7 @@ class Scheduler:
         for node in step.published:
             self._memory.revoke(node)  # and what later steps have added below
         broken = dict.fromkeys((*step.rows, *step.silent))
-        for state in (*self._prefilling, *self._decoding, *self._ending, *self._leaving):
+        for state in (*self._running, *self._running.leaving):
             if state.node is not None and state.node.revoked:
                 broken[state] = None
         for state in broken:
@@ -462,8 +300,6 @@ class Scheduler:
     def _finish(self, state: RequestState, finish: Finish) -> None:
         if state.status is Status.WAITING:
             self._queue.remove(state)
-        else:
-            self._drop_phase(state)
         if finish.type != "abort":
             self._estimate.learn(len(state.tokens) - state.num_prompt)
         self._total_prompt += state.num_prompt
@@ -472,18 +308,7 @@ class Scheduler:
         state.finish = finish
         del self._states[state.request.rid]
         self._news[state] = None
-        self._leave(state)
-
-    def _drop_phase(self, state: RequestState) -> None:
-        for phase in (self._decoding, self._prefilling, self._ending):
-            phase.pop(state, None)
-
-    def _leave(self, state: RequestState) -> None:
-        """Give its memory back, now or when the last step that contains it has been applied."""
-        if state.last_step > self._applied:
-            self._leaving[state] = None
-        elif state.node is not None and state not in self._leaving:
-            self._memory.release(state)
+        self._running.leave(state)
 
     def _refuse_if_full(self, request: Request) -> None:
         """The queue is bounded. With priorities a better request takes the place of the worst one that waits."""
@@ -491,7 +316,7 @@ class Scheduler:
         if limit is None or len(self._queue) < limit:
             return
         message = f"the request queue is full: {limit} requests are waiting (--max-queued-requests)"
-        worst = self._queue.worst() if len(self._queue) else None
-        if worst is None or worst.num_retractions or self._precedence(request) >= self._precedence(worst.request):
+        worst = self._queue.displaced_by(request)
+        if worst is None:
             raise Overloaded(message)
         self._finish(worst, Finish(type="abort", message=message, status=Overloaded.status))

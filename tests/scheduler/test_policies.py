@@ -5,7 +5,7 @@ from scheduler.simulation import Simulation, check_outputs, make, tokens_of
 
 from hornbeam.core.errors import Overloaded
 from hornbeam.core.request import Request
-from hornbeam.scheduler.admission import BATCH_SIZE, POLICIES, RANDOM
+from hornbeam.scheduler.waiting import BATCH_SIZE, POLICIES, RANDOM
 
 pytestmark = pytest.mark.pure
 

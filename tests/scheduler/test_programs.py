@@ -10,7 +10,7 @@ from scheduler.simulation import Simulation, check_outputs, make, reference, tok
 
 from hornbeam.core.errors import BadRequest, Overloaded
 from hornbeam.core.request import Request
-from hornbeam.scheduler.admission import POLICIES, RANDOM
+from hornbeam.scheduler.waiting import POLICIES, RANDOM
 
 pytestmark = pytest.mark.pure
 

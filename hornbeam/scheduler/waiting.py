@@ -1,4 +1,4 @@
-"""Which requests are refused at once, who is next among those that wait, and how much room they will need.
+"""Which requests are refused at once, and who is next among those that wait.
 
 Requests are ranked in batches: the oldest ones, up to `BATCH_SIZE`, in the order of the policy. A batch is used up
 before the next one is ranked, so a policy can let a request be overtaken by `BATCH_SIZE - 1` others at most: nobody
@@ -13,15 +13,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from hornbeam.cache.node import Node
+from hornbeam.config.components import SchedulerOptions
 from hornbeam.core.errors import BadRequest
 from hornbeam.core.request import Request
 from hornbeam.scheduler.state import RequestState
 
-FIRST_GUESS = 64.0  # generated tokens, before any request has ended
-LEARNING_RATE = 0.05  # weight of the latest request in the mean
 BATCH_SIZE = 128
 
 KnownPrefix = Callable[[RequestState], tuple[list[Node], int]]  # see `Memory.known_prefix`
+Precedence = Callable[[Request], int]  # the smallest goes first, whatever the policy
+
+
+def precedence_of(options: SchedulerOptions) -> Precedence:
+    """By the request's priority, if priorities count."""
+    if not options.priorities:
+        return lambda request: 0
+    return (lambda request: request.priority) if options.low_priority_first else (lambda request: -request.priority)
 
 
 def _arrived(batch: list[RequestState], known: KnownPrefix) -> list[RequestState]:
@@ -63,11 +70,11 @@ class WaitingQueue:
     Args:
         policy: a key of `POLICIES`, or `RANDOM`.
         known: what the tree holds of a request's prefix.
-        precedence: of a request; the smallest go first, whatever the policy.
+        precedence: see `precedence_of`.
         seed: of the random policy.
     """
 
-    def __init__(self, policy: str, known: KnownPrefix, precedence: Callable[[Request], int], seed: int) -> None:
+    def __init__(self, policy: str, known: KnownPrefix, precedence: Precedence, seed: int) -> None:
         self._rank = POLICIES[policy] if policy != RANDOM else self._shuffled
         self._known = known
         self._precedence = precedence
@@ -104,9 +111,12 @@ class WaitingQueue:
             self._batch = self._rank_batch(self._waiting)
         return self._batch[-1] if self._batch else None
 
-    def worst(self) -> RequestState:
-        """The last to be served by precedence and arrival. The queue must not be empty."""
-        return max(self._waiting, key=lambda state: (self._key(state), state.arrival))
+    def displaced_by(self, request: Request) -> RequestState | None:
+        """The last to be served, if it has not run yet and a new `request` has precedence over it."""
+        worst = max(self._waiting, key=lambda state: (self._key(state), state.arrival), default=None)
+        if worst is None or worst.num_retractions or self._precedence(request) >= self._key(worst):
+            return None
+        return worst
 
     def _rank_batch(self, waiting: Iterable[RequestState]) -> list[RequestState]:
         states = sorted(waiting, key=lambda state: (self._key(state), not state.num_retractions, state.arrival))
@@ -158,25 +168,3 @@ class Limits:
                 f"the prompt has {num_prompt} tokens, but the cache holds max_total_tokens={self.max_total_tokens}",
                 "input_ids",
             )
-
-
-class OutputEstimate:
-    """How many tokens requests generate, learned from those that have ended. `scale`: times what is observed."""
-
-    def __init__(self, scale: float) -> None:
-        self._scale = scale
-        self._mean = FIRST_GUESS
-
-    def learn(self, num_generated: int) -> None:
-        """A request has ended by itself."""
-        self._mean += LEARNING_RATE * (num_generated - self._mean)
-
-    def num_to_come(self, states: Iterable[RequestState]) -> int:
-        """Tokens that these running requests will still generate, by experience. Linear in them."""
-        expected = self._mean * self._scale
-        total = 0.0
-        for state in states:
-            num_left = expected - (state.kv_len - state.num_prompt if state.kv_len > state.num_prompt else 0)
-            if num_left > 0:
-                total += min(num_left, state.max_tokens - state.num_prompt)
-        return int(total)

@@ -1,0 +1,224 @@
+"""What the next step does: decode rows first, then begun prompts, then the queue's head as long as it fits.
+
+When pages are short, a request is retracted: it gives its memory back and waits again, with what it has generated.
+Knows no clients: who ends is told to `finish`.
+"""
+
+from collections.abc import Callable, Iterable
+
+from hornbeam.config.components import SchedulerOptions
+from hornbeam.core.plan import Chunk, PageGrant, SlotStart
+from hornbeam.core.request import Finish, Status
+from hornbeam.scheduler.memory import Memory, Running
+from hornbeam.scheduler.state import RequestState, Step
+from hornbeam.scheduler.waiting import Precedence, WaitingQueue
+
+# With pages smaller than this, a decode row takes several at once, so that page tables change rarely.
+GRANT_TOKENS = 16
+FIRST_GUESS = 64.0  # generated tokens, before any request has ended
+LEARNING_RATE = 0.05  # weight of the latest request in the mean
+
+
+class OutputEstimate:
+    """How many tokens requests generate, learned from those that have ended. `scale`: times what is observed."""
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+        self._mean = FIRST_GUESS
+
+    def learn(self, num_generated: int) -> None:
+        """A request has ended by itself."""
+        self._mean += LEARNING_RATE * (num_generated - self._mean)
+
+    def num_to_come(self, states: Iterable[RequestState]) -> int:
+        """Tokens that these running requests will still generate, by experience. Linear in them."""
+        expected = self._mean * self._scale
+        total = 0.0
+        for state in states:
+            num_left = expected - (state.kv_len - state.num_prompt if state.kv_len > state.num_prompt else 0)
+            if num_left > 0:
+                total += min(num_left, state.max_tokens - state.num_prompt)
+        return int(total)
+
+
+class Planner:
+    """Moves requests from the queue to the running ones, and on from step to step.
+
+    Args:
+        options: limits and policy.
+        memory, queue, running, estimate: the scheduler's own.
+        precedence: of a request; the smallest go first.
+        finish: ends a request that can never go on.
+    """
+
+    def __init__(
+        self,
+        options: SchedulerOptions,
+        memory: Memory,
+        queue: WaitingQueue,
+        running: Running,
+        estimate: OutputEstimate,
+        precedence: Precedence,
+        finish: Callable[[RequestState, Finish], None],
+    ) -> None:
+        self._options = options
+        self._memory = memory
+        self._queue = queue
+        self._running = running
+        self._estimate = estimate
+        self._precedence = precedence
+        self._finish = finish
+        self.num_retractions = 0
+
+    def plan(self, step_id: int, *, in_flight: bool) -> Step:
+        """The next step; an empty one if nothing can run now. `in_flight`: some result is still to come."""
+        while True:
+            step = Step(step_id=step_id)
+            self._plan_decode(step)
+            self._plan_chunks(step)
+            short = step.starved or (step.empty and not in_flight)
+            if not (short and self._relieve() and step.empty):
+                return step  # else there is room now: try again
+
+    def _plan_decode(self, step: Step) -> None:
+        """One token for every request whose prompt is done; one that finds no page waits."""
+        step_id, rows, slots, lens = step.step_id, step.rows, step.decode, step.decode_lens
+        ended: list[RequestState] = []
+        for state in self._running.decoding:
+            kv_len = state.kv_len + 1
+            if kv_len > state.capacity:
+                ahead = min(kv_len + GRANT_TOKENS - 1, state.last_kv_len)
+                if not (self._memory.grow(state, ahead) or self._memory.grow(state, kv_len)):
+                    step.starved = True
+                    continue
+                self._grant(state, step)
+            state.kv_len = kv_len
+            state.last_step = step_id
+            rows.append(state)
+            slots.append(state.slot)
+            lens.append(kv_len)
+            if kv_len == state.last_kv_len:
+                ended.append(state)
+        for state in ended:
+            del self._running.decoding[state]
+            self._running.ending[state] = None
+
+    def _plan_chunks(self, step: Step) -> None:
+        """Stretches of prompts, up to the budget: begun prompts first, then the queue's head as long as it fits."""
+        budget = self._memory.chunk_size
+        for state in list(self._running.prefilling):
+            num_tokens = self._plan_chunk(state, budget, step)
+            if num_tokens == 0:
+                return
+            budget -= num_tokens
+        while budget > 0 and (head := self._queue.head()) is not None:
+            ready = head not in self._running.leaving and self._memory.num_free_slots
+            num_tokens = self._admit(head, budget, step) if ready else 0
+            if num_tokens == 0:
+                self._preempt(head)
+                return
+            budget -= num_tokens
+
+    def _admit(self, state: RequestState, budget: int, step: Step) -> int:
+        """Start the queue's head, if there is room. Returns the tokens planned, 0 if it has to wait."""
+        state.prefill_end = len(state.tokens)
+        self._memory.attach(state)
+        num_cached = state.kv_len
+        num_tokens = self._plan_chunk(state, budget, step) if self._has_room(state) else 0
+        if num_tokens == 0:
+            self._memory.release(state)
+            return 0
+        self._queue.remove(state)
+        state.status = Status.RUNNING
+        state.since = None
+        sampling, seed = state.request.sampling, state.seed
+        step.starts.append(SlotStart(slot=state.slot, num_cached=num_cached, sampling=sampling, seed=seed))
+        return num_tokens
+
+    def _has_room(self, state: RequestState) -> bool:
+        """The rule of admission: beside the prompts begun and this one, a reserve stays for what will be generated.
+
+        With nobody running it is met by definition, as a prompt that cannot fit alone was refused.
+        """
+        if not len(self._running):
+            return True
+        num_left = [other.prefill_end - other.kv_len for other in (*self._running.prefilling, state)]
+        return self._memory.has_room(num_left, self._estimate.num_to_come((*self._running, state)))
+
+    def _preempt(self, head: RequestState) -> None:
+        """The head of the queue has to wait: retract a running request of a priority that is low enough."""
+        gap = self._options.preemption_gap
+        if not self._options.priorities or gap is None or self._running.leaving:
+            return
+        candidates = self._running.retractable
+        if candidates:
+            victim = max(candidates, key=self._last_in_line)
+            if self._precedence(victim.request) - self._precedence(head.request) >= gap:
+                self.retract(victim)
+
+    def _plan_chunk(self, state: RequestState, budget: int, step: Step) -> int:
+        """The next stretch of one prompt, at most `budget` tokens. Returns its length, 0 if it has to wait."""
+        self._memory.reuse(state, idle=state.last_step <= self._running.applied)
+        start, end = state.kv_len, min(state.prefill_end, state.kv_len + budget)
+        if end < state.prefill_end:
+            end -= end % self._memory.unit
+        if end <= start or not self._memory.grow(state, end):
+            return 0
+        self._grant(state, step)
+        samples = end == state.prefill_end and end < state.max_tokens
+        token_ids = tuple(state.tokens[start:end])
+        step.chunks.append(Chunk(slot=state.slot, start=start, token_ids=token_ids, samples=samples))
+        if samples:
+            step.rows.append(state)
+        else:
+            step.silent[state] = end
+        state.kv_len = end
+        state.last_step = step.step_id
+        node = self._memory.publish(state, start, step.step_id)
+        if node is not None:
+            step.published.append(node)
+        self._running.place(state)
+        return end - start
+
+    def _grant(self, state: RequestState, step: Step) -> None:
+        first = state.num_granted
+        for group, page_ids in enumerate(state.pages):
+            begin = max(first, state.floors[group])
+            new = tuple(page_ids[begin:])
+            step.grants.append(PageGrant(slot=state.slot, group=group, first=begin, page_ids=new))
+        state.num_granted = len(state.pages[0])
+
+    def _relieve(self) -> bool:
+        """Pages are short: retract the youngest request; one that is alone fails. False if pages will come anyway."""
+        if self._running.leaving or self._running.ending:
+            return False
+        # Nobody runs: a retracted head of the queue may have grown beyond the pool, on pages that it shared.
+        head = self._queue.head()
+        candidates = self._running.retractable or ([] if head is None else [head])
+        if not candidates:
+            return False
+        victim = max(candidates, key=self._last_in_line)
+        if len(candidates) > 1:
+            self.retract(victim)
+            return True
+        if victim.last_step > self._running.applied:
+            return False  # what is in flight may end it
+        needed, total = max(victim.kv_len + 1, victim.prefill_end), self._memory.max_total_tokens
+        message = (
+            f"the request needs keys and values of {needed} tokens, but the cache holds max_total_tokens={total}; "
+            "raise --max-total-tokens or ask for fewer new tokens"
+        )
+        self._finish(victim, Finish(type="abort", message=message, status=500))
+        return True
+
+    def _last_in_line(self, state: RequestState) -> tuple[int, int]:
+        return self._precedence(state.request), state.arrival
+
+    def retract(self, state: RequestState) -> None:
+        """Send a running request back to the queue's front; it will compute its tokens so far again."""
+        state.status = Status.WAITING
+        state.since = None
+        state.num_retractions += 1
+        self.num_retractions += 1
+        self._queue.push_back(state)
+        self._running.leave(state)
