@@ -48,7 +48,9 @@ class ExecutorOptions:
     """The device and how steps run on it."""
 
     device: str  # "cpu", "cuda"
-    attention_backend: str
+    decode_attention_backend: str
+    prefill_attention_backend: str
+    cascade: bool  # decode reads prefixes that rows share once for all of them, where that pays
     overlap: bool
     graph_batch_sizes: tuple[int, ...]  # decode batches captured as graphs, ascending; empty: none
 

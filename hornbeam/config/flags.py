@@ -170,6 +170,15 @@ FLAGS: tuple[Flag, ...] = (
         default="auto",
         help="auto, flashinfer, triton or reference.",
     ),
+    Flag(name="decode_attention_backend", group="device", help="The same, for decode steps only."),
+    Flag(name="prefill_attention_backend", group="device", help="The same, for prompts only."),
+    Flag(
+        name="disable_cascade_attention",
+        group="device",
+        type=bool,
+        default=False,
+        help="Read a prefix that running requests share once for each of them.",
+    ),
     Flag(name="disable_cuda_graph", group="device", type=bool, default=False, help="Launch decode kernels one by one."),
     Flag(
         name="cuda_graph_bs",

@@ -71,6 +71,7 @@ def resolve_engine(
         raise ConfigError(f"--context-length {context_len} exceeds the model's {model.context_len} positions")
     chunk = pick("chunked_prefill_size", platform.chunked_prefill_size, why)
     max_running = _positive(resolver, "max_running_requests", platform.max_running_requests, why)
+    attention = pick("attention_backend", "auto", "the first that supports the model here")
     environment = read_environment()
     options = EngineOptions(
         model=ModelOptions(
@@ -102,7 +103,9 @@ def resolve_engine(
         ),
         executor=ExecutorOptions(
             device=resolver.note("device", platform.name, why),
-            attention_backend=pick("attention_backend", "auto", "the first that supports the model here"),
+            decode_attention_backend=pick("decode_attention_backend", attention, "--attention-backend"),
+            prefill_attention_backend=pick("prefill_attention_backend", attention, "--attention-backend"),
+            cascade=not pick("disable_cascade_attention"),
             overlap=not pick("disable_overlap_schedule"),
             graph_batch_sizes=_graph_batch_sizes(resolver, platform, max_running),
         ),

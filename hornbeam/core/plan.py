@@ -63,6 +63,14 @@ class DraftTree:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedPrefix:
+    """Decode rows whose first `num_tokens` tokens, whole pages, have the same pages in every full cache group."""
+
+    rows: tuple[int, ...]  # ascending indices into `StepPlan.decode`, at least two
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """What the executor runs next. Applied in field order: starts, grants, moves, then the forward."""
 
@@ -72,6 +80,7 @@ class StepPlan:
     page_moves: tuple[PageMove, ...] = ()
     decode: tuple[int, ...] = ()  # slots that continue from their last id
     decode_lens: tuple[int, ...] = ()  # upper bound of each one's length after the step
+    shared: tuple[SharedPrefix, ...] = ()  # each decode row is in one of them at most
     chunks: tuple[Chunk, ...] = ()
     top_logprobs: int = -1  # -1: none; 0: of the chosen token; n: and of the n likeliest
     drafts: tuple[DraftTree, ...] = ()

@@ -48,7 +48,10 @@ def build_executor(
     """
     config = dataclasses.replace(config, dtype=options.model.dtype)
     specs = family.cache_specs(config)
-    kernels = choose_kernels(_query(config, specs, options, platform), options.executor.attention_backend)
+    wanted = options.executor
+    kernels = choose_kernels(
+        _query(config, specs, options, platform), wanted.decode_attention_backend, wanted.prefill_attention_backend
+    )
     started = time.perf_counter()
     with platform.tagged("weights"):
         model = platform.submit(lambda: _value(_load(family, config, checkpoint, options, kernels, platform))).result()
@@ -60,7 +63,9 @@ def build_executor(
     state = SlotState(num_slots, len(specs), max_pages, page_size, sampler, platform.device)
     shapes = [_shape(config, spec, page_size, max_pages, platform) for spec in specs]
     attention = [[_attention(kernels, shape, num_slots) for shape in shapes] for _ in range(NUM_LANES)]
-    runner = Runner(model, config.num_layers, state, attention)
+    shares = kernels.decode_attention.least_shared if options.executor.cascade else None
+    least_shared = [shares if spec.window is None else None for spec in specs]
+    runner = Runner(model, config.num_layers, state, attention, least_shared)
     executor = Executor(runner=runner, platform=platform, state=state, sampler=sampler)
 
     # One page is enough to run the largest step on; its activations then stay in the allocator, so free means free.

@@ -59,7 +59,7 @@ class Executor:
         _refuse_unsupported(plan)
         lane = plan.step_id % NUM_LANES
         graphs = self._graphs if self._graphs is not None and self._graphs.cover(plan) else None
-        num_rows = graphs.padded(len(plan.decode)) if graphs else len(plan.decode)
+        num_rows = graphs.padded(plan) if graphs else len(plan.decode)
         batch = self._state.apply(plan, num_rows, lambda host: self._platform.upload(host, lane))
         decode_lens = self._state.lens[batch.decode_slots] + 1
         logits = graphs.replay(lane, plan, batch) if graphs else self._runner.run(lane, plan, batch)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hornbeam.cache.pool import CachePool
-from hornbeam.core.plan import StepPlan
+from hornbeam.core.plan import SharedPrefix, StepPlan
 from hornbeam.executor.state import Batch, SlotState
 from hornbeam.layers.forward import Forward, GroupForward, LayerCache
 from hornbeam.ops.attention.contract import Attend, Attention, Rows
@@ -35,21 +35,41 @@ class GroupAttention:
 
 
 class Runner:
-    """`attention[lane][group]`: each lane has its own instances."""
+    """`attention[lane][group]`: each lane has its own instances.
+
+    `least_shared[group]`: tokens that shared prefixes must save per step for the group to read them once; None: never.
+    """
 
     def __init__(
-        self, model: Model, num_layers: int, state: SlotState, attention: Sequence[Sequence[GroupAttention]]
+        self,
+        model: Model,
+        num_layers: int,
+        state: SlotState,
+        attention: Sequence[Sequence[GroupAttention]],
+        least_shared: Sequence[int | None],
     ) -> None:
         self.model = model
         self._num_layers = num_layers
         self._state = state
         self._attention = attention
+        self._least_shared = least_shared
         self._caches: tuple[LayerCache, ...] = ()
 
     def use_pool(self, pool: CachePool) -> None:
         """Read and write the tensors of `pool` from now on."""
         layers = (pool.layer(layer) for layer in range(self._num_layers))
         self._caches = tuple(LayerCache(group=group, k=k, v=v) for group, (k, v) in layers)
+
+    @property
+    def shares(self) -> bool:
+        """Whether any group can read shared prefixes once."""
+        return any(least is not None for least in self._least_shared)
+
+    def worth_sharing(self, plan: StepPlan) -> tuple[SharedPrefix, ...] | None:
+        """The shared prefixes of a step, if reading them once pays; else None."""
+        saved = sum((len(prefix.rows) - 1) * prefix.num_tokens for prefix in plan.shared)
+        pays = any(least is not None and saved >= least for least in self._least_shared)
+        return plan.shared if pays else None
 
     def run(self, lane: int, plan: StepPlan, batch: Batch) -> Tensor:
         """Logits [R, V] of the rows that sample: the decode rows, then the last rows of chunks."""
@@ -58,12 +78,13 @@ class Runner:
         decode_positions = self._state.lens[batch.decode_slots]
         positions = torch.cat((decode_positions, batch.chunk_positions))
         ids = torch.cat((self._state.last_ids[batch.decode_slots], batch.chunk_ids))
-        groups = []
+        groups, shared = [], self.worth_sharing(plan)
         for group in range(len(self._state.page_tables)):
             decode = prefill = None
             if plan.decode:
                 lens = (decode_positions + 1).int()
-                decode = self.plan_decode(lane, group, batch.decode_slots, lens, plan.decode_lens, captured=False)
+                slots_lens = batch.decode_slots, lens
+                decode = self.plan_decode(lane, group, *slots_lens, plan.decode_lens, shared, captured=False)
             if plan.chunks:
                 prefill = self._plan_prefill(lane, group, plan, batch)
             rows = self._state.cache_rows(group, slots, positions)
@@ -76,7 +97,15 @@ class Runner:
         return Forward(num_decode=num_decode, caches=self._caches, groups=tuple(groups))
 
     def plan_decode(
-        self, lane: int, group: int, slots: Tensor, lens: Tensor, len_bounds: Sequence[int], *, captured: bool
+        self,
+        lane: int,
+        group: int,
+        slots: Tensor,
+        lens: Tensor,
+        len_bounds: Sequence[int],
+        shared: tuple[SharedPrefix, ...] | None,
+        *,
+        captured: bool,
     ) -> Attend:
         """Attention of rows with one query each; rows beyond `len_bounds` are padding, of length 1."""
         padding = len(slots) - len(len_bounds)
@@ -86,6 +115,7 @@ class Runner:
             lens=lens,
             len_bounds=(*len_bounds, *(1,) * padding),
             query_lens=(1,) * len(slots),
+            shared=None if self._least_shared[group] is None else shared,
             captured=captured,
         )
         return self._attention[lane][group].decode.plan_decode(rows)

@@ -33,8 +33,8 @@ class Kernels:
     sample: Sample
 
 
-def choose_kernels(query: OpQuery, attention: str = "auto") -> Kernels:
-    """The first backend of each op that supports `query` and passes its probe; `attention` may name one.
+def choose_kernels(query: OpQuery, decode_attention: str = "auto", prefill_attention: str = "auto") -> Kernels:
+    """The first backend of each op that supports `query` and passes its probe; those of attention may be named.
 
     Raises:
         ConfigError: the named attention backend cannot serve; the message says why.
@@ -42,10 +42,10 @@ def choose_kernels(query: OpQuery, attention: str = "auto") -> Kernels:
     probes = Probes(query)
     return Kernels(
         activation=_choose(ACTIVATION, query, probes.activation),
-        decode_attention=_choose(DECODE_ATTENTION, query, probes.attention, attention),
+        decode_attention=_choose(DECODE_ATTENTION, query, probes.attention, decode_attention),
         linear=_choose(LINEAR, query, probes.linear),
         norm=_choose(NORM, query, probes.norm),
-        prefill_attention=_choose(PREFILL_ATTENTION, query, probes.attention, attention),
+        prefill_attention=_choose(PREFILL_ATTENTION, query, probes.attention, prefill_attention),
         qkv=_choose(QKV, query, probes.qkv),
         sample=_choose(SAMPLE, query, probes.sample),
     )

@@ -19,6 +19,7 @@ from hornbeam.core.plan import StepPlan, StepResult
 from hornbeam.core.request import Finish, Request, RequestOutput, Status
 from hornbeam.scheduler.memory import Memory, Running
 from hornbeam.scheduler.planning import OutputEstimate, Planner
+from hornbeam.scheduler.sharing import Sharing
 from hornbeam.scheduler.state import RequestState, SchedulerStats, Step
 from hornbeam.scheduler.waiting import Limits, WaitingQueue, precedence_of
 
@@ -73,6 +74,7 @@ class Scheduler:
         self._planner = Planner(
             options, self._memory, self._queue, self._running, self._estimate, precedence, self._finish
         )
+        self._sharing = Sharing()
         self._in_flight: deque[Step] = deque()
         self._num_planned = 0  # steps, and so the next step's id
         self._paused = False
@@ -241,6 +243,7 @@ class Scheduler:
             grants=tuple(step.grants),
             decode=tuple(step.decode),
             decode_lens=tuple(step.decode_lens),
+            shared=self._sharing.find(step.rows[: len(step.decode)]),
             chunks=tuple(step.chunks),
             top_logprobs=max((state.num_top for state in step.rows), default=-1),
         )

@@ -37,6 +37,7 @@ BROKEN = {
         (
             "class Backend:\n"
             "    captures = True\n"
+            "    least_shared = None\n"
             "    def supports(self, query):\n        return None\n"
             "    def __getattr__(self, name):\n        raise RuntimeError('no kernel image for this device')\n"
             "BACKEND = Backend()"

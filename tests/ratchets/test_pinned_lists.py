@@ -11,12 +11,13 @@ from hornbeam.config.flags import FLAGS
 
 FLAG_NAMES = """
     admin_api_key api_key attention_backend chat_template chunked_prefill_size context_length cuda_graph_bs
-    cuda_graph_max_bs device disable_cuda_graph disable_overlap_schedule disable_priority_preemption
-    disable_radix_cache dtype enable_priority_scheduling host incremental_streaming_output json_model_override_args
-    load_format log_level max_queued_requests max_running_requests max_total_tokens mem_fraction_static model_path
-    page_size port priority_scheduling_preemption_threshold radix_eviction_policy random_seed revision
-    schedule_conservativeness schedule_low_priority_values_first schedule_policy served_model_name
-    skip_tokenizer_init stream_interval tokenizer_path trust_remote_code
+    cuda_graph_max_bs decode_attention_backend device disable_cascade_attention disable_cuda_graph
+    disable_overlap_schedule disable_priority_preemption disable_radix_cache dtype enable_priority_scheduling host
+    incremental_streaming_output json_model_override_args load_format log_level max_queued_requests
+    max_running_requests max_total_tokens mem_fraction_static model_path page_size port prefill_attention_backend
+    priority_scheduling_preemption_threshold radix_eviction_policy random_seed revision schedule_conservativeness
+    schedule_low_priority_values_first schedule_policy served_model_name skip_tokenizer_init stream_interval
+    tokenizer_path trust_remote_code
 """
 ENVIRONMENT_VARIABLES = """
     HORNBEAM_CACHE_DIR HORNBEAM_DISABLED_MODEL_ARCHS HORNBEAM_REQ_RUNNING_TIMEOUT HORNBEAM_REQ_WAITING_TIMEOUT
@@ -25,9 +26,10 @@ PUBLIC_NAMES = "Engine __version__"
 
 FIELDS = {
     "hornbeam.core.plan:StepPlan": """
-        chunks collect decode decode_lens drafts grants idle padded_tokens page_moves starts step_id top_logprobs
-        weight_version
+        chunks collect decode decode_lens drafts grants idle padded_tokens page_moves shared starts step_id
+        top_logprobs weight_version
     """,
+    "hornbeam.core.plan:SharedPrefix": "num_tokens rows",
     "hornbeam.core.plan:StepResult": "error logprobs step_id token_ids",
     "hornbeam.core.plan:Chunk": "embed_spans samples slot start token_ids",
     "hornbeam.core.plan:SlotStart": "adapter_slot num_cached sampling seed slot",

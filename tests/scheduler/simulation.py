@@ -79,6 +79,18 @@ class FakeDevice:
         self.last[slot] = next_token(last.pop(), self.seeds[slot])
         return self.last[slot]
 
+    def check_shared(self, plan: StepPlan) -> None:
+        rows = [row for prefix in plan.shared for row in prefix.rows]
+        assert len(rows) == len(set(rows)), "a row is in two groups"
+        for prefix in plan.shared:
+            assert len(prefix.rows) > 1
+            assert 0 < prefix.num_tokens < min(plan.decode_lens[row] for row in prefix.rows)
+            entries = range(prefix.num_tokens // self.page_size)
+            assert prefix.num_tokens == len(entries) * self.page_size
+            for group in (group for group, window in enumerate(self.windows) if window is None):
+                tables = [self.tables[plan.decode[row]][group] for row in prefix.rows]
+                assert len({tuple(table[entry] for entry in entries) for table in tables}) == 1, "pages differ"
+
     def run(self, plan: StepPlan, fail: bool = False) -> StepResult:
         self.writers[plan.step_id] = {}
         for start in plan.starts:
@@ -89,6 +101,7 @@ class FakeDevice:
             assert grant.page_ids
             self.tables[grant.slot][grant.group].update(enumerate(grant.page_ids, grant.first))
         assert len(plan.decode) == len(set(plan.decode))
+        self.check_shared(plan)
         for slot, length in zip(plan.decode, plan.decode_lens, strict=True):
             assert length == self.lens[slot] + 1
             self.write(plan, slot, self.lens[slot], self.last[slot], fail)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hornbeam.core.plan import SharedPrefix
 from hornbeam.core.registry import Registry
 from hornbeam.ops.query import OpQuery
 
@@ -40,6 +41,7 @@ class Rows:
     lens: Tensor  # [B] int32: tokens in the cache, those of this step included
     len_bounds: Sequence[int]  # B upper bounds of `lens`
     query_lens: Sequence[int]  # B: queries of each row; for decode all the same
+    shared: Sequence[SharedPrefix] | None = None  # prefixes to be read once; None: each row reads all of its own
     captured: bool = False  # `attend` runs inside a graph: addresses must stay the same for this B
 
 
@@ -68,6 +70,7 @@ class AttentionBackend(Protocol):
     """A registry entry: says what it can do and makes instances."""
 
     captures: bool  # `attend` can run inside a device graph
+    least_shared: int | None  # tokens that shared prefixes must save per step to pay; None: cannot share
 
     def supports(self, query: OpQuery) -> str | None:
         """None, or the reason why not."""

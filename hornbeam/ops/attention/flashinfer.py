@@ -9,12 +9,15 @@ a row has is filled in on the device. A length that falls short of its bound by 
 which FlashInfer does not check: drafts will need bounds that are tight to a page.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 from flashinfer.jit.attention import gen_batch_prefill_module
 from torch import Tensor
 
+from hornbeam.ops.attention.cascade import Cascade
 from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Rows
 from hornbeam.ops.attention.page_lists import PageLists
 from hornbeam.ops.device import needs_cuda
@@ -36,6 +39,7 @@ class FlashInferAttention:
         self._scratch = torch.zeros(_scratch_bytes(shape, max_rows, num_processors), dtype=torch.uint8, device=device)
         plan_bytes = _PLAN_BYTES_PER_ROW * max(2 * max_rows, 2 * num_processors)
         self._plan_buffer = torch.empty(plan_bytes, dtype=torch.uint8, device=device)
+        self._cascade = Cascade(shape, max_rows, 2 * num_processors)
         self._decode_pages = PageLists(shape, max_rows)
         self._prefill_pages = PageLists(shape, max_rows)
         self._no_indices = torch.empty(0, dtype=torch.int32, device=device)
@@ -51,7 +55,12 @@ class FlashInferAttention:
         if num_rows not in self._decodes:
             self._decodes[num_rows] = self._make_decode(num_rows)
         wrapper, attend = self._decodes[num_rows]
-        indptr, last_page_lens = self._decode_pages.bounds(rows.len_bounds)
+        len_bounds: Sequence[int] | np.ndarray = rows.len_bounds
+        skips = None
+        if rows.shared is not None:
+            self._cascade.plan(rows.shared)
+            len_bounds, skips = self._cascade.own_lens(rows.len_bounds), self._cascade.skips
+        indptr, last_page_lens = self._decode_pages.bounds(len_bounds)
         wrapper.plan(
             indptr,
             self._no_indices,  # filled in below
@@ -66,8 +75,15 @@ class FlashInferAttention:
             # Only the maximum is taken, and only for other kernels than this one: not worth a loop over all rows.
             seq_lens=torch.ones(1, dtype=torch.int32),
         )
-        self._decode_pages.fill(rows)
-        return attend
+        self._decode_pages.fill(rows, skips)
+        if rows.shared is None:
+            return attend
+
+        def attend_shared(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+            own, own_lse = wrapper.run(q, (k_pages, v_pages), return_lse=True)
+            return self._cascade.attend(rows, q, k_pages, v_pages, own, own_lse)
+
+        return attend_shared
 
     def plan_prefill(self, rows: Rows) -> Attend:
         """See `Attention`. The bounds of prompts are exact."""
@@ -156,6 +172,7 @@ class FlashInferBackend:
     """Full attention in half precision over head sizes 64 and 128, without anything to compile at start."""
 
     captures = True
+    least_shared = 16384
 
     def supports(self, query: OpQuery) -> str | None:
         """CUDA devices, and parameters whose FlashAttention-2 module is compiled."""

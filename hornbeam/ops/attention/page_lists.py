@@ -24,20 +24,24 @@ def _fill_kernel(
     indptr_ptr,
     indices_ptr,
     last_page_lens_ptr,
+    skips_ptr,
+    skip_stride,
     page_table_stride,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copy a row's page numbers to its place among all rows', and tell how many tokens its last page holds."""
+    """Copy a row's page numbers, but for the first ones, to its place among all rows', and tell how many tokens its
+    last page holds."""
     row = tl.program_id(0)
     begin = tl.load(indptr_ptr + row)
     num_pages = tl.load(indptr_ptr + row + 1) - begin
-    table = page_tables_ptr + tl.load(slots_ptr + row) * page_table_stride
+    skip = tl.load(skips_ptr + row * skip_stride)
+    table = page_tables_ptr + tl.load(slots_ptr + row) * page_table_stride + skip
     for first in range(0, num_pages, BLOCK):
         entries = first + tl.arange(0, BLOCK)
         inside = entries < num_pages
         tl.store(indices_ptr + begin + entries, tl.load(table + entries, mask=inside), mask=inside)
-    tl.store(last_page_lens_ptr + row, tl.load(lens_ptr + row) - (num_pages - 1) * PAGE_SIZE)
+    tl.store(last_page_lens_ptr + row, tl.load(lens_ptr + row) - (skip + num_pages - 1) * PAGE_SIZE)
 
 
 class PageLists:
@@ -47,9 +51,10 @@ class PageLists:
         self._shape = shape
         self.indptr = torch.zeros(max_rows + 1, dtype=torch.int32, device=shape.device)
         self.indices = torch.zeros(max_rows * shape.max_pages, dtype=torch.int32, device=shape.device)
+        self._no_skips = torch.zeros(1, dtype=torch.int32, device=shape.device)
         self.last_page_lens = torch.ones(max_rows, dtype=torch.int32, device=shape.device)
 
-    def bounds(self, len_bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def bounds(self, len_bounds: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """Where each row's pages begin [B + 1], and how many tokens its last page holds [B]: on the host."""
         lens = np.array(len_bounds, dtype=np.int32)
         num_pages = -(-lens // self._shape.page_size)
@@ -57,8 +62,12 @@ class PageLists:
         num_pages.cumsum(out=indptr[1:])
         return torch.from_numpy(indptr), torch.from_numpy(lens - (num_pages - 1) * self._shape.page_size)
 
-    def fill(self, rows: Rows) -> None:
-        """Bring the buffers up to date with the device's page tables and lengths; `indptr` is there already."""
+    def fill(self, rows: Rows, skips: Tensor | None = None) -> None:
+        """Bring the buffers up to date with the device's page tables and lengths; `indptr` is there already.
+
+        skips: [B] int32, first pages of each row that are left out; None for none.
+        """
+        skip_stride = 0 if skips is None else skips.stride(0)
         _fill_kernel[(len(rows.slots),)](
             rows.page_tables,
             rows.slots,
@@ -66,6 +75,8 @@ class PageLists:
             self.indptr,
             self.indices,
             self.last_page_lens,
+            self._no_skips if skips is None else skips,
+            skip_stride,
             rows.page_tables.stride(0),
             PAGE_SIZE=self._shape.page_size,
             BLOCK=128,

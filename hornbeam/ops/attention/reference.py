@@ -55,6 +55,7 @@ class ReferenceBackend:
     """Serves every device and shape without window and soft cap."""
 
     captures = False
+    least_shared = None
 
     def supports(self, query: OpQuery) -> str | None:
         """Full attention only, until a family needs more."""

@@ -222,6 +222,7 @@ class TritonAttentionBackend:
     """Full attention over head sizes that are powers of two."""
 
     captures = True
+    least_shared = None
 
     def supports(self, query: OpQuery) -> str | None:
         """CUDA devices; head sizes that are powers of two from 16 on."""

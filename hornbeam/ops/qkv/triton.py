@@ -13,17 +13,9 @@ _MAX_HEADS = 8  # of one program
 
 
 @triton.jit
-def _load_heads(pointers, weights, inside, dims_inside, NORM: tl.constexpr):
-    """Some features of all heads, [heads, features], and their norm weights, [1, features]."""
-    x = tl.load(pointers, mask=inside, other=0.0)
-    if NORM:
-        return x, tl.load(weights, mask=dims_inside, other=0.0).to(tl.float32)
-    return x, x
-
-
-@triton.jit
-def _scaled(x, weight, factor):
-    """Normalised heads; rounds where the reference does."""
+def _normalised(x, weights, inside, factor):
+    """Features of heads, [heads, features], by their weights at `weights`; rounds where the reference does."""
+    weight = tl.load(weights, mask=inside, other=0.0).to(tl.float32)
     return (weight * (x.to(tl.float32) * factor).to(x.dtype).to(tl.float32)).to(x.dtype)
 
 
@@ -57,26 +49,19 @@ def _prepare_heads(
     half = tl.arange(0, HALF_BLOCK)[None, :]
     half_inside = half < FIRST
     inside = (heads < num_heads) & half_inside
-    first, first_weight = _load_heads(x_ptr + half, weight_ptr + half, inside, half_inside, NORM)
-    second, second_weight = _load_heads(x_ptr + FIRST + half, weight_ptr + FIRST + half, inside, half_inside, NORM)
+    first = tl.load(x_ptr + half, mask=inside, other=0.0)
+    second = tl.load(x_ptr + FIRST + half, mask=inside, other=0.0)
     rest = tl.arange(0, REST_BLOCK)[None, :]
     rest_inside = rest < HEAD_DIM - 2 * FIRST
     inside_rest = (heads < num_heads) & rest_inside
-    if HEAD_DIM > 2 * FIRST:
-        tail, tail_weight = _load_heads(
-            x_ptr + 2 * FIRST + rest, weight_ptr + 2 * FIRST + rest, inside_rest, rest_inside, NORM
-        )
+    tail = tl.load(x_ptr + 2 * FIRST + rest, mask=inside_rest, other=0.0)
     if NORM:
-        wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
-        squares = tl.sum(wide_first * wide_first + wide_second * wide_second, 1)
-        if HEAD_DIM > 2 * FIRST:
-            wide = tail.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
+        wide_first, wide_second, wide_tail = first.to(tl.float32), second.to(tl.float32), tail.to(tl.float32)
+        squares = tl.sum(wide_first * wide_first + wide_second * wide_second, 1) + tl.sum(wide_tail * wide_tail, 1)
         factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-        first = _scaled(first, first_weight, factor)
-        second = _scaled(second, second_weight, factor)
-        if HEAD_DIM > 2 * FIRST:
-            tail = _scaled(tail, tail_weight, factor)
+        first = _normalised(first, weight_ptr + half, half_inside, factor)
+        second = _normalised(second, weight_ptr + FIRST + half, half_inside, factor)
+        tail = _normalised(tail, weight_ptr + 2 * FIRST + rest, rest_inside, factor)
     if ROTATED:
         cos = tl.load(table_ptr + half, mask=half_inside, other=0.0)
         sin = tl.load(table_ptr + FIRST + half, mask=half_inside, other=0.0)
@@ -86,13 +71,12 @@ def _prepare_heads(
     if STORE:
         tl.store(x_ptr + half, first, mask=inside)
         tl.store(x_ptr + FIRST + half, second, mask=inside)
-        if HEAD_DIM > 2 * FIRST and NORM:
+        if NORM:
             tl.store(x_ptr + 2 * FIRST + rest, tail, mask=inside_rest)
     if CACHE:
         tl.store(pages_ptr + half, first, mask=inside)
         tl.store(pages_ptr + FIRST + half, second, mask=inside)
-        if HEAD_DIM > 2 * FIRST:
-            tl.store(pages_ptr + 2 * FIRST + rest, tail, mask=inside_rest)
+        tl.store(pages_ptr + 2 * FIRST + rest, tail, mask=inside_rest)
 
 
 @triton.jit
