@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hornbeam.cache.node import EVICTION_ORDERS
+from hornbeam.cache.pages import EVICTION_ORDERS
 from hornbeam.config.components import EngineOptions
 from hornbeam.config.environment import read_environment
 from hornbeam.config.flags import FLAGS, check_flags
