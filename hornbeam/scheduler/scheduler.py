@@ -243,7 +243,7 @@ class Scheduler:
             grants=tuple(step.grants),
             decode=tuple(step.decode),
             decode_lens=tuple(step.decode_lens),
-            shared=self._sharing.find(step.rows[: len(step.decode)]),
+            shared=self._sharing.find(step.rows[: len(step.decode)]) if len(step.decode) > 1 else (),
             chunks=tuple(step.chunks),
             top_logprobs=max((state.num_top for state in step.rows), default=-1),
         )
