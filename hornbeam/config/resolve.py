@@ -71,7 +71,6 @@ def resolve_engine(
         raise ConfigError(f"--context-length {context_len} exceeds the model's {model.context_len} positions")
     chunk = pick("chunked_prefill_size", platform.chunked_prefill_size, why)
     max_running = _positive(resolver, "max_running_requests", platform.max_running_requests, why)
-    attention = pick("attention_backend", "auto", "the first that supports the model here")
     environment = read_environment()
     options = EngineOptions(
         model=ModelOptions(
@@ -101,19 +100,25 @@ def resolve_engine(
             waiting_timeout=environment.waiting_timeout,
             running_timeout=environment.running_timeout,
         ),
-        executor=ExecutorOptions(
-            device=resolver.note("device", platform.name, why),
-            decode_attention_backend=pick("decode_attention_backend", attention, "--attention-backend"),
-            prefill_attention_backend=pick("prefill_attention_backend", attention, "--attention-backend"),
-            cascade=not pick("disable_cascade_attention"),
-            overlap=not pick("disable_overlap_schedule"),
-            graph_batch_sizes=_graph_batch_sizes(resolver, platform, max_running),
-        ),
+        executor=_executor_options(resolver, platform, max_running),
         reasons=resolver.reasons,
     )
     for name, reason in resolver.reasons.items():
         logger.info("%s = %s (%s)", name, reason.value, reason.why)
     return options
+
+
+def _executor_options(resolver: _Resolver, platform: PlatformFacts, max_running: int) -> ExecutorOptions:
+    pick = resolver.pick
+    attention = pick("attention_backend", "auto", "the first that supports the model here")
+    return ExecutorOptions(
+        device=resolver.note("device", platform.name, f"suits {platform.device}"),
+        decode_attention_backend=pick("decode_attention_backend", attention, "--attention-backend"),
+        prefill_attention_backend=pick("prefill_attention_backend", attention, "--attention-backend"),
+        cascade=not pick("disable_cascade_attention"),
+        overlap=not pick("disable_overlap_schedule"),
+        graph_batch_sizes=_graph_batch_sizes(resolver, platform, max_running),
+    )
 
 
 def _positive(resolver: _Resolver, name: str, derived: int, why: str) -> int:
