@@ -80,5 +80,5 @@ def test_the_model_runs_as_before(reason: str, tiny_checkpoint: Path, monkeypatc
 
 def test_asked_for_by_name_it_is_refused_with_its_reason(reason: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        choose_kernels(QUERY, attention="broken")
+        choose_kernels(QUERY, decode_attention="broken")
     assert reason in str(caught.value)
