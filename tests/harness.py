@@ -32,7 +32,7 @@ def make_engine(path: Path, device: str = "cpu", **flags: Any) -> BuiltEngine:
     """The scheduler and executor that `hornbeam serve --model-path path` would run, with a small cache."""
     user = check_flags({"max_total_tokens": 1024, "max_running_requests": 16, **flags})
     checkpoint = open_checkpoint(path, user.get("load_format", "auto"))
-    family = find_family(checkpoint.hf_config, frozenset())
+    family = find_family(checkpoint.hf_config, frozenset(), user.get("model_impl", "auto"))
     config = family.parse(checkpoint.hf_config)
     platform = PLATFORMS.load(device).create()
     options = resolve_engine(user, family.name, family.defaults(config, device), config, platform.facts())

@@ -38,6 +38,13 @@ FLAGS: tuple[Flag, ...] = (
         choices=("auto", "safetensors", "pt", "gguf", "dummy"),
         help="How weights are read; pt: PyTorch's *.bin files; dummy draws random ones from config.json alone.",
     ),
+    Flag(
+        name="model_impl",
+        group="model",
+        default="auto",
+        choices=("auto", "hornbeam", "transformers"),
+        help="Whose modules run the model; auto: transformers' for those that Hornbeam does not implement.",
+    ),
     Flag(name="revision", group="model", help="Branch, tag or commit on the hub. Default: the main branch."),
     Flag(name="tokenizer_path", group="model", help="As --model-path, if the tokenizer lies elsewhere."),
     Flag(

@@ -44,7 +44,8 @@ class Placement:
 class ModelFamily(Protocol):
     """One folder under `models/`; `FAMILY` in its `spec` module. `models/index.py` lists its architectures.
 
-    Optional attributes, asked for by name where they matter: `step_state`, `chat_format`, `media`.
+    Optional attributes, asked for by name where they matter: `step_state`, `chat_format`, `media`; and
+    `load(config, context, checkpoint)`, the model with its weights, of a family whose models load themselves.
     """
 
     name: str

@@ -28,7 +28,8 @@ def build_engine(user: Mapping[str, Any]) -> Built:
         FamilyUnavailable: the model's family cannot be used.
     """
     checkpoint = open_checkpoint(Path(user["model_path"]), user.get("load_format", "auto"), _overrides(user))
-    family = find_family(checkpoint.hf_config, read_environment().disabled_architectures)
+    disabled = read_environment().disabled_architectures
+    family = find_family(checkpoint.hf_config, disabled, user.get("model_impl", "auto"))
     config = family.parse(checkpoint.hf_config)
 
     from hornbeam.executor.build import build_executor

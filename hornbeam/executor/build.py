@@ -131,15 +131,17 @@ def _load(
         device=platform.device,
         context_len=options.model.context_len,
     )
+    load = getattr(family, "load", None)
+    dummy = checkpoint.format == "dummy"
     try:
-        model = family.build(config, context)
+        model = family.build(config, context) if dummy or load is None else load(config, context, checkpoint)
     except (HornbeamError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # its spec could be imported, but its model is broken
         raise FamilyUnavailable(family.name, error) from error
-    if checkpoint.format == "dummy":
+    if dummy:
         draw_dummy(model, options.model.seed)
-    else:
+    elif load is None:
         load_weights(model, checkpoint, family.weight_map(config))
     return model.eval()
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.norm import QueryKeyNorm
-from hornbeam.ops.qkv.contract import Rotation
+from hornbeam.ops.qkv.contract import HeadNorms, Rotation
 
 
 class Rotary(nn.Module):
@@ -44,7 +44,12 @@ class Attention(nn.Module):
         heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
         q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
         norms = None if norm is None else norm.of_heads()
-        rotation = None if rotary is None else rotary(positions)
+        return self.attend(q, k, v, norms, None if rotary is None else rotary(positions), fwd).flatten(1)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, rotation: Rotation | None, fwd: Forward
+    ) -> Tensor:
+        """The same with the heads apart: q [T, Hq, D], k and v [T, Hk, D] -> [T, Hq, D]."""
         cache = fwd.caches[self._layer]
         group = fwd.groups[cache.group]
         self._qkv.store(q, k, v, norms, rotation, cache.k, cache.v, group.rows)
@@ -54,4 +59,4 @@ class Attention(nn.Module):
             outputs.append(group.decode(q[:n], cache.k, cache.v))
         if group.prefill is not None:
             outputs.append(group.prefill(q[n:], cache.k, cache.v))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).flatten(1)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -26,6 +26,10 @@ ARCHITECTURES: dict[str, str] = {
     "gguf:qwen3": "llama",
 }
 FAMILIES: Registry[None, ModelFamily] = Registry("models", {"llama": "hornbeam.models.llama.spec:FAMILY"})
+# For what no family claims; `supports(hf_config)` looks at the model
+HOSTS: Registry[Mapping[str, Any], ModelFamily] = Registry(
+    "hosts", {"transformers": "hornbeam.models.hosted.spec:FAMILY"}
+)
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_CHECKPOINT = WheelFile(
@@ -36,10 +40,15 @@ DEFAULT_CHECKPOINT = WheelFile(
 )
 
 
-def find_family(hf_config: Mapping[str, Any], disabled: frozenset[str] = frozenset()) -> ModelFamily:
-    """The family that serves the first architecture in `hf_config` that any family claims.
+def find_family(
+    hf_config: Mapping[str, Any], disabled: frozenset[str] = frozenset(), model_impl: str = "auto"
+) -> ModelFamily:
+    """The family that serves the first architecture in `hf_config` that any family claims, else a host that can.
 
-    disabled: architectures (or whole families) that the operator switched off; they are never imported.
+    Args:
+        hf_config: as in config.json.
+        disabled: architectures (or whole families) that the operator switched off; they are never imported.
+        model_impl: "hornbeam" takes no host, the name of one takes nothing else, "auto" is as above.
 
     Raises:
         ConfigError: no architecture is named, or none is supported.
@@ -49,7 +58,7 @@ def find_family(hf_config: Mapping[str, Any], disabled: frozenset[str] = frozens
     if not isinstance(architectures, list) or not architectures:
         raise ConfigError("the model's config names no architectures; add them to config.json")
     families = FAMILIES.names()
-    for architecture in architectures:
+    for architecture in architectures if model_impl in ("auto", "hornbeam") else ():
         family = ARCHITECTURES.get(architecture, architecture)
         if family not in families:
             continue
@@ -59,8 +68,19 @@ def find_family(hf_config: Mapping[str, Any], disabled: frozenset[str] = frozens
             return FAMILIES.load(family)
         except Exception as error:
             raise FamilyUnavailable(family, error) from error
+    names = ", ".join(map(str, architectures))
+    if switched_off := disabled.intersection(map(str, architectures)):
+        raise FamilyUnavailable(", ".join(switched_off), "disabled by HORNBEAM_DISABLED_MODEL_ARCHS")
+    hosts = "--model-impl hornbeam allows nothing else"
+    if model_impl != "hornbeam":
+        try:
+            return HOSTS.choose(hf_config, model_impl).value
+        except ConfigError as error:
+            hosts = str(error)
+    if model_impl not in ("auto", "hornbeam"):
+        raise ConfigError(f"{names} cannot run by --model-impl {model_impl}: {hosts}")
     supported = dict.fromkeys((*ARCHITECTURES, *(name for name in families if name not in ARCHITECTURES.values())))
     raise ConfigError(
-        f"no model family serves {', '.join(map(str, architectures))}; supported are {', '.join(supported)}. "
-        "docs/adding-a-model.md shows how to add one."
+        f"no model family serves {names}; supported are {', '.join(supported)}. {hosts}. docs/adding-a-model.md shows "
+        "how to add a family."
     )

@@ -4,7 +4,8 @@ Knows neither file formats nor families: a checkpoint streams tensors, and a fam
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import Placement
 from hornbeam.layers.linear import Linear
-from hornbeam.layers.norm import RMSNorm
 from hornbeam.weights.checkpoint import Checkpoint
 
 _DUMMY_DEVIATION = 0.02
@@ -51,8 +51,8 @@ def draw_dummy(model: nn.Module, seed: int) -> None:
     A parameter's numbers depend on `seed`, its name, its shape and its kind of device, not on other parameters.
     """
     for name, parameter in model.named_parameters():
-        owner, _, kind = name.rpartition(".")
-        if isinstance(model.get_submodule(owner), RMSNorm):
+        kind = name.rpartition(".")[2]
+        if kind == "weight" and parameter.dim() == 1:  # of a norm
             parameter.fill_(1)
         elif kind == "bias":
             parameter.zero_()
@@ -116,29 +116,32 @@ def _check_coverage(model: nn.Module, weight_map: Mapping[str, Placement]) -> No
 
 def _check_shapes(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
     shapes = checkpoint.source.shapes()
-    problems = [
-        *_listing("missing", sorted(targets.keys() - shapes.keys())),
-        *_listing("not known to the model", sorted(n for n in shapes.keys() - targets.keys() if not _idle(n, shapes))),
-        *_listing(
-            "of the wrong shape",
-            [
-                f"{name} {list(shapes[name])}, expected {list(target.shape)}"
-                for name, target in targets.items()
-                if name in shapes and shapes[name] != target.shape
-            ],
-        ),
-    ]
-    if problems:
+    misfits = {
+        "missing": sorted(targets.keys() - shapes.keys()),
+        "not known to the model": sorted(n for n in shapes.keys() - targets.keys() if not _idle(n, shapes)),
+        "of the wrong shape": [
+            f"{name} {list(shapes[name])}, expected {list(target.shape)}"
+            for name, target in targets.items()
+            if name in shapes and shapes[name] != target.shape
+        ],
+    }
+    refuse_misfits(checkpoint.path, misfits)
+
+
+def refuse_misfits(path: Path, misfits: Mapping[str, Collection[str]]) -> None:
+    """Raise ConfigError if any tensors of the checkpoint at `path` do not fit: what is wrong -> their names."""
+    if any(misfits.values()):
+        problems = (
+            line
+            for what, names in misfits.items()
+            if names
+            for line in (f"{len(names)} tensors {what}:", *(f"  {name}" for name in names))
+        )
         raise ConfigError(
-            f"the weights in {checkpoint.path} do not fit its config:\n"
+            f"the weights in {path} do not fit its config:\n"
             + "\n".join(problems)
             + "\nCheck that config and weights belong together and that the download is complete."
         )
-
-
-def _listing(what: str, names: Iterable[str]) -> list[str]:
-    lines = [f"  {name}" for name in names]
-    return [f"{len(lines)} tensors {what}:", *lines] if lines else []
 
 
 def _idle(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -14,10 +14,10 @@ FLAG_NAMES = """
     cuda_graph_max_bs decode_attention_backend device disable_cascade_attention disable_cuda_graph
     disable_overlap_schedule disable_priority_preemption disable_radix_cache dtype enable_priority_scheduling host
     incremental_streaming_output json_model_override_args load_format log_level max_queued_requests
-    max_running_requests max_total_tokens mem_fraction_static model_path page_size port prefill_attention_backend
-    priority_scheduling_preemption_threshold radix_eviction_policy random_seed revision schedule_conservativeness
-    schedule_low_priority_values_first schedule_policy served_model_name skip_tokenizer_init stream_interval
-    tokenizer_path trust_remote_code
+    max_running_requests max_total_tokens mem_fraction_static model_impl model_path page_size port
+    prefill_attention_backend priority_scheduling_preemption_threshold radix_eviction_policy random_seed revision
+    schedule_conservativeness schedule_low_priority_values_first schedule_policy served_model_name
+    skip_tokenizer_init stream_interval tokenizer_path trust_remote_code
 """
 ENVIRONMENT_VARIABLES = """
     HORNBEAM_CACHE_DIR HORNBEAM_DISABLED_MODEL_ARCHS HORNBEAM_REQ_RUNNING_TIMEOUT HORNBEAM_REQ_WAITING_TIMEOUT

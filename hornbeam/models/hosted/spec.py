@@ -1,0 +1,84 @@
+"""Models without a family of their own, hosted: transformers' modules run them over our paged attention and cache.
+
+Chosen last, for what no family claims, and by `--model-impl transformers`. What such a model is made of is found out
+by looking at it, without weights (`survey`). Imports neither torch nor transformers until it is asked.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hornbeam.core.cache_spec import CacheSpec
+from hornbeam.core.errors import ConfigError
+from hornbeam.core.family import Placement
+from hornbeam.models.hosted.config import HostedConfig, HostedLayer
+
+if TYPE_CHECKING:
+    from hornbeam.layers.context import BuildContext
+    from hornbeam.models.hosted.model import HostedModel
+    from hornbeam.weights.checkpoint import Checkpoint
+
+
+class HostedFamily:
+    """See `core.family.ModelFamily`."""
+
+    name = "hosted"
+
+    def supports(self, hf_config: Mapping[str, Any]) -> str | None:
+        """None if transformers can run the model over our cache, else the reason why not."""
+        try:
+            self.parse(hf_config)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def parse(self, hf_config: Mapping[str, Any]) -> HostedConfig:
+        """Read a Hugging Face config and look at its model. Raises ConfigError for what cannot be hosted."""
+        try:
+            from hornbeam.models.hosted.survey import survey
+        except ImportError as error:
+            raise ConfigError(
+                f"transformers is not installed ({error}): pip install 'hornbeam[transformers]'"
+            ) from error
+        return survey(hf_config)
+
+    def cache_specs(self, config: HostedConfig) -> tuple[CacheSpec, ...]:
+        """A group per window, those with full attention first; a window over everything is none."""
+        windows = [_window(layer, config.context_len) for layer in config.layers]
+        row = (config.num_kv_heads, config.head_dim)
+        return tuple(
+            CacheSpec(
+                kind="full" if window is None else "window",
+                layers=tuple(layer for layer, other in enumerate(windows) if other == window),
+                row_shapes=(row, row),
+                dtype=config.dtype,
+                window=window,
+            )
+            for window in sorted(set(windows), key=lambda window: window or 0)
+        )
+
+    def defaults(self, config: HostedConfig, platform: str) -> Mapping[str, Any]:
+        """Nobody promises that these modules can be recorded."""
+        return {"disable_cuda_graph": True}
+
+    def build(self, config: HostedConfig, context: "BuildContext") -> "HostedModel":
+        """The model as transformers initialises it."""
+        from hornbeam.models.hosted.load import build
+
+        return build(config, context)
+
+    def load(self, config: HostedConfig, context: "BuildContext", checkpoint: "Checkpoint") -> "HostedModel":
+        """The model with the weights of `checkpoint`, by transformers' own naming and conversions."""
+        from hornbeam.models.hosted.load import load
+
+        return load(config, context, checkpoint)
+
+    def weight_map(self, config: HostedConfig) -> Mapping[str, Placement]:
+        """Never asked: `load` does it."""
+        raise NotImplementedError("hosted models load themselves")
+
+
+FAMILY = HostedFamily()
+
+
+def _window(layer: HostedLayer, context_len: int) -> int | None:
+    return None if layer.window is None or layer.window >= context_len else layer.window
