@@ -132,6 +132,8 @@ def build(user: Mapping[str, Any]) -> Built:
             "architectures": ["Fake"],
             "model_type": "fake",
             "enable_priority_scheduling": user.get("enable_priority_scheduling", False),
+            "abort_on_priority_when_disabled": user.get("abort_on_priority_when_disabled", False),
+            "default_priority_value": user.get("default_priority_value", 0),
         },
     )
     return Built(

@@ -34,12 +34,13 @@ class SchedulerOptions:
     max_queued_requests: int | None
     chunked_prefill_size: int  # tokens of prompts per step
     seed: int  # of the requests that bring none
-    policy: str = "fcfs"  # "lpm", "dfs-weight", "lof", "random"
+    policy: str = "fcfs"  # "lpm", "dfs-weight", "lof", "routing-key", "random"
     conservativeness: float = 1.0  # scales what is kept free for tokens to come
     priorities: bool = False  # requests' priorities count
     low_priority_first: bool = False  # the smaller number is the higher priority
     waiting_timeout: float | None = None  # seconds
     running_timeout: float | None = None
+    max_prefill_tokens: int = 16384  # a step that has so many prompt tokens begins no further prompt
     preemption_gap: int | None = 10  # running requests give way to those that are so much higher; None: to nobody
 
 

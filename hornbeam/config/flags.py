@@ -122,11 +122,19 @@ FLAGS: tuple[Flag, ...] = (
         help="Prompt tokens per step; -1: as many as the context is long.",
     ),
     Flag(
+        name="max_prefill_tokens",
+        group="scheduling",
+        type=int,
+        default=16384,
+        help="A step that has so many prompt tokens begins no further prompt.",
+    ),
+    Flag(
         name="schedule_policy",
         group="scheduling",
         default="fcfs",
-        choices=("fcfs", "lpm", "dfs-weight", "lof", "random"),
-        help="Who is next: first come, longest cached prefix, heaviest branch of the cache, longest output, chance.",
+        choices=("fcfs", "lpm", "dfs-weight", "lof", "routing-key", "random"),
+        help="Who is next: first come, longest cached prefix, heaviest branch of the cache, longest output, the "
+        "routing key that most running requests have, chance.",
     ),
     Flag(
         name="schedule_conservativeness",
@@ -148,6 +156,20 @@ FLAGS: tuple[Flag, ...] = (
         type=bool,
         default=False,
         help="The smaller number is the higher priority.",
+    ),
+    Flag(
+        name="default_priority_value",
+        group="scheduling",
+        type=int,
+        default=0,
+        help="Priority of requests that bring none.",
+    ),
+    Flag(
+        name="abort_on_priority_when_disabled",
+        group="scheduling",
+        type=bool,
+        default=False,
+        help="Refuse requests with a priority if priorities do not count, rather than ignore it.",
     ),
     Flag(
         name="priority_scheduling_preemption_threshold",

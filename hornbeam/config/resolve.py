@@ -96,6 +96,7 @@ def resolve_engine(
             conservativeness=_conservativeness(resolver),
             priorities=pick("enable_priority_scheduling"),
             low_priority_first=pick("schedule_low_priority_values_first"),
+            max_prefill_tokens=_positive(resolver, "max_prefill_tokens", _DEFAULTS["max_prefill_tokens"], "default"),
             preemption_gap=_preemption_gap(resolver),
             waiting_timeout=environment.waiting_timeout,
             running_timeout=environment.running_timeout,
@@ -103,6 +104,8 @@ def resolve_engine(
         executor=_executor_options(resolver, platform, max_running),
         reasons=resolver.reasons,
     )
+    for name in ("default_priority_value", "abort_on_priority_when_disabled"):
+        pick(name)  # the server's business: it finds them among the engine's facts
     for name, reason in resolver.reasons.items():
         logger.info("%s = %s (%s)", name, reason.value, reason.why)
     return options

@@ -66,6 +66,7 @@ class Request:
     return_logprob: bool = False
     top_logprobs: int = 0  # alternatives per generated token; needs return_logprob
     priority: int = 0
+    routing_key: str | None = None  # requests with the same one do well to run together
 
 
 class Status(Enum):

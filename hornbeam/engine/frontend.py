@@ -6,6 +6,7 @@ stand on it.
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -193,8 +194,10 @@ class Frontend:
                 "be served (--context-length)",
                 field,
             )
-        if request.priority and not facts.facts.get("enable_priority_scheduling"):
-            raise BadRequest("this server knows no priorities (--enable-priority-scheduling)", "priority")
+        if request.priority is not None and not facts.facts.get("enable_priority_scheduling"):
+            if facts.facts.get("abort_on_priority_when_disabled"):
+                raise Overloaded("priorities do not count on this server (--enable-priority-scheduling)")
+            _log_priority_ignored()
         if request.text_options.stop and self.tokenizer is None:
             raise BadRequest("stop strings need a tokenizer, and this server has none; use stop_token_ids", "stop")
         return ids
@@ -224,7 +227,10 @@ class Frontend:
             prompt_ids=prompt_ids,
             sampling=sampling,
             namespace=request.namespace,
-            priority=request.priority,
+            priority=self.facts.facts.get("default_priority_value", 0)
+            if request.priority is None
+            else request.priority,
+            routing_key=request.routing_key,
             return_logprob=request.return_logprob,
             top_logprobs=request.top_logprobs,
         )
@@ -304,3 +310,8 @@ class Frontend:
         if future.cancelled():
             self.check_open()
         return future.result()
+
+
+@functools.cache
+def _log_priority_ignored() -> None:
+    logger.warning("requests bring priorities, which do not count without --enable-priority-scheduling")

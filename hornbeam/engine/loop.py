@@ -102,11 +102,12 @@ class EngineLoop:
         self._link = link
         self._ready = built.ready
         self._depth = 2 if built.overlap else 1  # steps under way at once
-        self._steps: deque[tuple[int, PendingStep]] = deque()  # (step id, step), oldest first
+        self._steps: deque[tuple[int, PendingStep, float]] = deque()  # (step id, step, launched at), oldest first
         self._flushes: list[int] = []  # ids of the commands
         self._open = True  # takes requests
         self._num_failures = 0  # steps that failed in a row
         self._last_sent = time.monotonic()
+        self._step_done = 0.0  # when the latest step ended that was collected
 
     def run(self) -> None:
         """Serve until `Shutdown`."""
@@ -132,19 +133,20 @@ class EngineLoop:
         if plan is None:
             return False
         logger.debug("%s", plan)
+        launched_at = time.monotonic()
         step: PendingStep
         try:
             step = self._executor.launch(plan)
         except Exception as error:
             step = _FailedStep(error)
-        self._steps.append((plan.step_id, step))
+        self._steps.append((plan.step_id, step, launched_at))
         return True
 
     def _collect(self) -> None:
         """Wait for the oldest step, apply its result and tell the news. Returns early if another can be planned."""
         if not self._steps:
             return
-        step_id, step = self._steps[0]
+        step_id, step, launched_at = self._steps[0]
         while not step.wait(COMMAND_INTERVAL):
             if time.monotonic() - self._last_sent > PULSE_INTERVAL:
                 self._send(Pulse())
@@ -158,7 +160,9 @@ class EngineLoop:
             logger.exception("step %d failed", step_id)
             result = StepResult(step_id=step_id, token_ids=(), error=f"{type(error).__name__}: {error}")
             self._num_failures += 1
-        self._scheduler.apply(result)
+        # Steps run one after the other: this one began when it was launched, or when the one before it ended.
+        begun, self._step_done = max(launched_at, self._step_done), time.monotonic()
+        self._scheduler.apply(result, self._step_done - begun)
         self._publish()
         if self._num_failures == MAX_FAILURES:
             raise RuntimeError(

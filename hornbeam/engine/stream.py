@@ -24,7 +24,8 @@ class GenerationRequest:
     text_options: TextOptions = field(default_factory=TextOptions)
     rid: str | None = None  # None: one is made
     namespace: str = ""
-    priority: int = 0
+    priority: int | None = None  # None: the server's default
+    routing_key: str | None = None
     return_logprob: bool = False
     top_logprobs: int = 0
     stream_interval: int | None = (

@@ -17,6 +17,9 @@ from hornbeam.scheduler.waiting import Precedence, WaitingQueue
 GRANT_TOKENS = 16
 FIRST_GUESS = 64.0  # generated tokens, before any request has ended
 LEARNING_RATE = 0.05  # weight of the latest request in the mean
+MAX_SLOWDOWN = 1.75  # of a step by prompts, where streams come first; leaves some of the factor 2 to chance
+DECODE_LEARNING_RATE = 0.2
+LEAST_SHARE = 32  # of the chunk size: smaller stretches cost more than they smooth
 
 
 class OutputEstimate:
@@ -41,13 +44,42 @@ class OutputEstimate:
         return int(total)
 
 
+class Pace:
+    """How many prompt tokens a step may have for the streams that run to go on at a steady pace.
+
+    Steps of decode rows alone tell what the streams are used to, mixed ones what prompt tokens cost. From one mixed
+    step to the next the limit moves in proportion to the time that was left or overdrawn: as time grows no faster than
+    the number of tokens, that never overshoots. Knows no clock: what it learns from is part of a record.
+    """
+
+    def __init__(self, chunk_size: int) -> None:
+        self._least = max(1, chunk_size // LEAST_SHARE)
+        self._limit = float(self._least)
+        self.decode_seconds: float | None = None  # of a step
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """Of a mixed step; None as long as nothing is known."""
+        return None if self.decode_seconds is None else int(self._limit)
+
+    def learn(self, num_decode: int, num_prompt: int, seconds: float) -> None:
+        """A step of so many decode rows and prompt tokens took so long."""
+        if num_prompt == 0:
+            known = self.decode_seconds or seconds
+            self.decode_seconds = known + DECODE_LEARNING_RATE * (min(seconds, 2 * known) - known)
+        elif num_decode and self.decode_seconds is not None:
+            fair = num_prompt * min(2.0, MAX_SLOWDOWN * self.decode_seconds / seconds)
+            is_slow = fair < num_prompt
+            self._limit = max(self._least, min(self._limit, fair) if is_slow else max(self._limit, fair))
+
+
 class Planner:
     """Moves requests from the queue to the running ones, and on from step to step.
 
     Args:
         options: limits and policy.
         memory, queue, running, estimate: the scheduler's own.
-        precedence: of a request; the smallest go first.
+        precedence: what is retracted last goes first here, too.
         finish: ends a request that can never go on.
     """
 
@@ -68,7 +100,8 @@ class Planner:
         self._estimate = estimate
         self._precedence = precedence
         self._finish = finish
-        self.num_retractions = 0
+        self.pace = Pace(memory.chunk_size)
+        self.num_retractions = self.num_preemptions = 0
 
     def plan(self, step_id: int, *, in_flight: bool) -> Step:
         """The next step; an empty one if nothing can run now. `in_flight`: some result is still to come."""
@@ -105,19 +138,27 @@ class Planner:
 
     def _plan_chunks(self, step: Step) -> None:
         """Stretches of prompts, up to the budget: begun prompts first, then the queue's head as long as it fits."""
-        budget = self._memory.chunk_size
+        budget = most = self._prompt_budget()
         for state in list(self._running.prefilling):
             num_tokens = self._plan_chunk(state, budget, step)
             if num_tokens == 0:
                 return
             budget -= num_tokens
-        while budget > 0 and (head := self._queue.head()) is not None:
+        limit = self._options.max_prefill_tokens
+        while budget > 0 and most - budget < limit and (head := self._queue.head()) is not None:
             ready = head not in self._running.leaving and self._memory.num_free_slots
             num_tokens = self._admit(head, budget, step) if ready else 0
             if num_tokens == 0:
                 self._preempt(head)
                 return
             budget -= num_tokens
+
+    def _prompt_budget(self) -> int:
+        """Prompt tokens of the next step. Streams set the pace, unless more requests wait for their first token."""
+        limit, num_waiting = self.pace.max_prompt_tokens, len(self._running.prefilling) + len(self._queue)
+        if limit is None or num_waiting > len(self._running.decoding):
+            return self._memory.chunk_size
+        return min(self._memory.chunk_size, max(limit, self._memory.unit))
 
     def _admit(self, state: RequestState, budget: int, step: Step) -> int:
         """Start the queue's head, if there is room. Returns the tokens planned, 0 if it has to wait."""
@@ -153,7 +194,8 @@ class Planner:
         candidates = self._running.retractable
         if candidates:
             victim = max(candidates, key=self._last_in_line)
-            if self._precedence(victim.request) - self._precedence(head.request) >= gap:
+            if self._precedence.now(victim) - self._precedence.of(head.request) >= gap:
+                self.num_preemptions += 1
                 self.retract(victim)
 
     def _plan_chunk(self, state: RequestState, budget: int, step: Step) -> int:
@@ -211,8 +253,8 @@ class Planner:
         self._finish(victim, Finish(type="abort", message=message, status=500))
         return True
 
-    def _last_in_line(self, state: RequestState) -> tuple[int, int]:
-        return self._precedence(state.request), state.arrival
+    def _last_in_line(self, state: RequestState) -> tuple[float, int]:
+        return self._precedence.now(state), state.arrival
 
     def retract(self, state: RequestState) -> None:
         """Send a running request back to the queue's front; it will compute its tokens so far again."""

@@ -78,6 +78,7 @@ class Applied(msgspec.Struct, frozen=True, tag=True):
     """`apply`."""
 
     result: StepResult
+    seconds: float | None = None
 
 
 Entry = Made | Submitted | Aborted | AbortedAll | Paused | Resumed | Expired | Flushed | Planned | Applied
@@ -139,10 +140,10 @@ class RecordingScheduler(Scheduler):
         self._write(Planned(plan))
         return plan
 
-    def apply(self, result: StepResult) -> None:
+    def apply(self, result: StepResult, seconds: float | None = None) -> None:
         """See `Scheduler`."""
-        self._write(Applied(result))
-        super().apply(result)
+        self._write(Applied(result, seconds))
+        super().apply(result, seconds)
 
 
 def read_record(lines: Iterable[bytes]) -> Iterator[Entry]:
@@ -189,4 +190,4 @@ def _repeat(scheduler: Scheduler, entry: Entry) -> None:
         case Flushed():
             scheduler.flush()
         case Applied():
-            scheduler.apply(entry.result)
+            scheduler.apply(entry.result, entry.seconds)

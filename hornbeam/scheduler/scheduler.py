@@ -21,7 +21,7 @@ from hornbeam.scheduler.memory import Memory, Running
 from hornbeam.scheduler.planning import OutputEstimate, Planner
 from hornbeam.scheduler.sharing import Sharing
 from hornbeam.scheduler.state import RequestState, SchedulerStats, Step
-from hornbeam.scheduler.waiting import Limits, WaitingQueue, precedence_of
+from hornbeam.scheduler.waiting import Limits, Precedence, Surroundings, WaitingQueue
 
 PauseMode = Literal["in_place", "retract", "abort"]
 
@@ -68,9 +68,9 @@ class Scheduler:
         self._eos_ids = eos_ids
         self._random = random.Random(options.seed)
         self._states: dict[str, RequestState] = {}  # all that have not finished
-        precedence = precedence_of(options)
-        self._queue = WaitingQueue(options.policy, self._memory.known_prefix, precedence, options.seed)
         self._running = Running(self._memory)
+        around, precedence = Surroundings(self._memory.known_prefix, self._running), Precedence(options)
+        self._queue = WaitingQueue(options.policy, around, precedence, options.seed)
         self._planner = Planner(
             options, self._memory, self._queue, self._running, self._estimate, precedence, self._finish
         )
@@ -78,6 +78,7 @@ class Scheduler:
         self._in_flight: deque[Step] = deque()
         self._num_planned = 0  # steps, and so the next step's id
         self._paused = False
+        self._some_had_to_wait = False  # at the latest plan
         self._news: dict[RequestState, None] = {}
         self._num_submitted = 0
         self._total_prompt = self._total_cached = self._total_generated = 0
@@ -232,6 +233,7 @@ class Scheduler:
         if self._paused:
             return None
         step = self._planner.plan(self._num_planned, in_flight=bool(self._in_flight))
+        self._some_had_to_wait = bool(len(self._queue))
         if step.empty:
             assert self._in_flight or not self._states, "requests are left, and none of them can ever run"
             return None
@@ -250,8 +252,8 @@ class Scheduler:
 
     # Results.
 
-    def apply(self, result: StepResult) -> None:
-        """Take the result of the oldest step in flight. Linear in its rows."""
+    def apply(self, result: StepResult, seconds: float | None = None) -> None:
+        """Take the result of the oldest step in flight; `seconds`: how long it kept the device. Linear in its rows."""
         step = self._in_flight.popleft()
         assert result.step_id == step.step_id, f"result of step {result.step_id}, expected {step.step_id}"
         self._running.applied = step.step_id
@@ -259,6 +261,8 @@ class Scheduler:
             self._fail(step, result.error)
         else:
             self._accept(step, result)
+            if seconds is not None:
+                self._planner.pace.learn(len(step.decode), step.num_prompt_tokens, seconds)
         if self._memory.has_windows:
             self._leave_behind(step)
         self._running.release_left()
@@ -316,7 +320,11 @@ class Scheduler:
     def _refuse_if_full(self, request: Request) -> None:
         """The queue is bounded. With priorities a better request takes the place of the worst one that waits."""
         limit = self._options.max_queued_requests
-        if limit is None or len(self._queue) < limit:
+        if limit is None:
+            return
+        # Who came after a plan that left nobody waiting can start with the next one, as long as there are slots.
+        ready = 0 if self._some_had_to_wait else self._memory.num_free_slots
+        if len(self._queue) < limit + ready:
             return
         message = f"the request queue is full: {limit} requests are waiting (--max-queued-requests)"
         worst = self._queue.displaced_by(request)

@@ -21,6 +21,7 @@ class RequestState:
     tokens: list[int] = field(init=False)  # prompt, then what was generated and has come back
     last_kv_len: int = field(init=False)  # rows that are written when it has ended by length
     status: Status = Status.WAITING
+    aged: bool = False  # has been overtaken so often that it comes before all others
     since: float | None = None  # when it was first seen in this status, in seconds
     prefill_end: int = 0  # tokens before it come in chunks, later ones by decode
     kv_len: int = 0  # rows written or promised by planned steps
@@ -94,6 +95,11 @@ class Step:
     silent: dict[RequestState, int] = field(default_factory=dict)  # chunks that do not sample: length after the step
     published: list[Node] = field(default_factory=list)  # tree nodes whose rows it completes
     starved: bool = False  # a decode row had to wait for a page
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all chunks."""
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
 
     @property
     def empty(self) -> bool:

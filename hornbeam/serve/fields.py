@@ -172,10 +172,11 @@ GENERATE = Api(
             return_text_in_logprobs=BOOLEAN,
             extra_key=STRING.or_list(),
             priority=INTEGER.or_list(),
+            routing_key=STRING.or_list(),
         ),
         **_no_effect(
             *("stream_options", "parallel_batch", "log_metrics", "no_logs", "custom_labels", "conversation_id"),
-            *("routing_key", "background", "modalities"),
+            *("background", "modalities"),
         ),
         **_refused(
             *("input_embeds", "image_data", "video_data", "audio_data", "token_ids_logprob", "lora_path"),
@@ -234,6 +235,7 @@ CHAT = Api(
             extra_key=STRING,
             cache_salt=STRING,
             priority=INTEGER,
+            routing_key=STRING,
         ),
         **_no_effect(
             *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"),

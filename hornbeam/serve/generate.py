@@ -59,7 +59,8 @@ def parse_generate(body: Any, default_interval: int) -> GenerateCall:
         _spread(fields, "return_logprob", count, False),
         _spread(fields, "top_logprobs_num", count, 0),
         _spread(fields, "extra_key", count, ""),
-        _spread(fields, "priority", count, 0),
+        _spread(fields, "priority", count, None),
+        _spread(fields, "routing_key", count, None),
         strict=True,
     )
     return GenerateCall(
@@ -72,8 +73,9 @@ def parse_generate(body: Any, default_interval: int) -> GenerateCall:
                 top_logprobs=num_top if return_logprob else 0,
                 namespace=namespace,
                 priority=priority,
+                routing_key=routing_key,
             )
-            for prompt, (sampling, rid, return_logprob, num_top, namespace, priority) in zip(
+            for prompt, (sampling, rid, return_logprob, num_top, namespace, priority, routing_key) in zip(
                 prompts, shared, strict=True
             )
         ),

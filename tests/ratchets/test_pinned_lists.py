@@ -10,14 +10,15 @@ from hornbeam.config.environment import VARIABLES
 from hornbeam.config.flags import FLAGS
 
 FLAG_NAMES = """
-    admin_api_key api_key attention_backend chat_template chunked_prefill_size context_length cuda_graph_bs
-    cuda_graph_max_bs decode_attention_backend device disable_cascade_attention disable_cuda_graph
-    disable_overlap_schedule disable_priority_preemption disable_radix_cache dtype enable_priority_scheduling host
-    incremental_streaming_output json_model_override_args load_format log_level max_queued_requests
-    max_running_requests max_total_tokens mem_fraction_static model_impl model_path page_size port
-    prefill_attention_backend priority_scheduling_preemption_threshold radix_eviction_policy random_seed revision
-    schedule_conservativeness schedule_low_priority_values_first schedule_policy served_model_name
-    skip_tokenizer_init stream_interval tokenizer_path trust_remote_code
+    abort_on_priority_when_disabled admin_api_key api_key attention_backend chat_template chunked_prefill_size
+    context_length cuda_graph_bs cuda_graph_max_bs decode_attention_backend default_priority_value device
+    disable_cascade_attention disable_cuda_graph disable_overlap_schedule disable_priority_preemption
+    disable_radix_cache dtype enable_priority_scheduling host incremental_streaming_output json_model_override_args
+    load_format log_level max_prefill_tokens max_queued_requests max_running_requests max_total_tokens
+    mem_fraction_static model_impl model_path page_size port prefill_attention_backend
+    priority_scheduling_preemption_threshold radix_eviction_policy random_seed revision schedule_conservativeness
+    schedule_low_priority_values_first schedule_policy served_model_name skip_tokenizer_init stream_interval
+    tokenizer_path trust_remote_code
 """
 ENVIRONMENT_VARIABLES = """
     HORNBEAM_CACHE_DIR HORNBEAM_DISABLED_MODEL_ARCHS HORNBEAM_REQ_RUNNING_TIMEOUT HORNBEAM_REQ_WAITING_TIMEOUT
@@ -38,7 +39,7 @@ FIELDS = {
         dtype kind layers reuse_granularity row_shapes sharding snapshot tokens_per_row window
     """,
     "hornbeam.core.request:Request": """
-        adapter namespace priority prompt_ids return_logprob rid sampling top_logprobs
+        adapter namespace priority prompt_ids return_logprob rid routing_key sampling top_logprobs
     """,
     "hornbeam.core.request:SamplingParams": """
         ignore_eos max_new_tokens seed stop_token_ids temperature top_k top_p

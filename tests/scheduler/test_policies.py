@@ -5,7 +5,7 @@ from scheduler.simulation import Simulation, check_outputs, make, tokens_of
 
 from hornbeam.core.errors import Overloaded
 from hornbeam.core.request import Request
-from hornbeam.scheduler.waiting import BATCH_SIZE, POLICIES, RANDOM
+from hornbeam.scheduler.waiting import BATCH_SIZE, PATIENCE, POLICIES, RANDOM
 
 pytestmark = pytest.mark.pure
 
@@ -20,11 +20,11 @@ def served(simulation: Simulation, *requests: Request) -> list[str]:
 
 @pytest.mark.parametrize("policy", [*POLICIES, RANDOM])
 def test_every_policy_serves_all_and_overtakes_by_less_than_a_batch(policy: str) -> None:
-    simulation = Simulation(policy=policy, slots=1, num_pages=2000, chunk=512)
-    requests = [make(str(i), tokens_of(i % 7, 8 + i % 5), 1 + i % 3, ignore_eos=True) for i in range(300)]
+    simulation = Simulation(policy=policy, slots=1, num_pages=4000, chunk=512)
+    requests = [make(str(i), tokens_of(i % 7, 8 + i % 5), 1 + i % 3, ignore_eos=True) for i in range(600)]
     order = [int(rid) for rid in served(simulation, *requests)]
-    assert sorted(order) == list(range(300))
-    assert (order == sorted(order)) == (policy == "fcfs")
+    assert sorted(order) == list(range(600))
+    assert (order == sorted(order)) == (policy in ("fcfs", "routing-key"))  # nobody has a key
     for place, arrival in enumerate(order):
         assert place < (arrival // BATCH_SIZE + 1) * BATCH_SIZE
 
@@ -84,7 +84,7 @@ def test_a_running_request_gives_way_to_a_much_higher_priority(gap: int | None, 
 
 
 def test_in_a_full_queue_a_better_request_takes_the_place_of_the_worst() -> None:
-    simulation = Simulation(priorities=True, queue=2)
+    simulation = Simulation(priorities=True, queue=1, slots=1)
     simulation.submit(make("a", (1,), 1, priority=1), make("b", (2,), 1))
     simulation.submit(make("c", (3,), 1, priority=2))
     with pytest.raises(Overloaded, match="full"):
@@ -110,3 +110,41 @@ def test_admission_learns_how_long_outputs_are() -> None:
     cautious.submit(*(make(f"{i}", tokens_of(i, 2), 90, ignore_eos=True) for i in range(10)))
     cautious.run()
     assert cautious.scheduler.stats().total_retractions == 0
+
+
+def test_routing_keys_that_run_go_first() -> None:
+    simulation = Simulation(policy="routing-key", slots=3)
+    keys = {"a": "x", "b": "y", "c": "y", "d": None, "e": "x", "f": "y", "g": None}
+    requests = [make(rid, tokens_of(ord(rid), 5), 9, routing_key=key, ignore_eos=True) for rid, key in keys.items()]
+    simulation.submit(requests[0])
+    simulation.step()
+    assert served(simulation, *requests[1:]) == ["a", "e", "b", "c", "f", "d", "g"]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lof"])
+def test_steady_higher_priorities_starve_nobody(policy: str) -> None:
+    """A request of low priority is overtaken by a bounded number, and once it runs nobody takes its place."""
+    simulation = Simulation(policy=policy, priorities=True, preemption_gap=1, slots=2, num_pages=60)
+    simulation.submit(make("low", tokens_of(1, 9), 40, ignore_eos=True))
+    num_others = 0
+    while "low" not in simulation.ends:
+        if simulation.scheduler.num_waiting < 3:
+            simulation.submit(make(str(num_others), tokens_of(num_others, 6), 2, priority=9))
+            num_others += 1
+        simulation.step()
+    assert PATIENCE - 2 <= num_others < PATIENCE + 60
+    simulation.run()
+    simulation.replay()
+
+
+def test_a_queue_of_no_length_takes_what_can_start_at_once() -> None:
+    simulation = Simulation(queue=0, slots=2)
+    simulation.submit(make("a", (1,), 9, ignore_eos=True), make("b", (2,), 9, ignore_eos=True))
+    with pytest.raises(Overloaded, match="full"):
+        simulation.submit(make("c", (3,), 9))
+    simulation.step()
+    with pytest.raises(Overloaded, match="full"):
+        simulation.submit(make("c", (3,), 9))
+    simulation.run()
+    simulation.submit(make("c", (3,), 9))
+    simulation.run()

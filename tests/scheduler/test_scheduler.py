@@ -161,7 +161,7 @@ def test_nothing_is_planned_beyond_an_end_that_is_known(depth: int) -> None:
 
 
 def test_bad_requests_are_refused_with_reasons() -> None:
-    simulation = Simulation(num_pages=11, context_len=100, queue=2)
+    simulation = Simulation(num_pages=11, context_len=100, queue=1, slots=1)
     submit = simulation.scheduler.submit
     for request, words in (
         (make("a", ()), "empty"),

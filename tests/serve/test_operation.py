@@ -254,12 +254,13 @@ def test_a_missing_chat_template_file_stops_the_start():
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
-def test_priorities_are_refused_where_they_would_have_no_effect(start, path):
+def test_priorities_that_do_not_count_are_ignored_or_refused(start, path):
     prompt = {"text": "y"} if path == "/generate" else {"messages": [{"role": "user", "content": "y"}]}
-    refusal = start().http.post(path, json={**prompt, "priority": 3})
-    assert refusal.status_code == 400
-    assert refusal.json()["error"]["param"] == "priority"
-    server = start(enable_priority_scheduling=True)
+    assert start().http.post(path, json={**prompt, "priority": 3}).status_code == 200
+    strict = start(abort_on_priority_when_disabled=True)
+    assert strict.http.post(path, json={**prompt, "priority": 3}).status_code == 503
+    assert strict.http.post(path, json=prompt).status_code == 200
+    server = start(enable_priority_scheduling=True, abort_on_priority_when_disabled=True, default_priority_value=1)
     assert server.http.post(path, json={**prompt, "priority": 3}).status_code == 200
 
 
