@@ -24,6 +24,8 @@ class ModelConfig:
     head_dim: int
     dtype: str  # of the checkpoint: "bfloat16", "float32", ...
     attention_scale: float | None = None  # of the products of queries and keys; None: head_dim ** -0.5
+    attention_soft_cap: float | None = None  # c: scores x become c * tanh(x / c)
+    attention_sinks: bool = False  # each layer has a score per head that takes its part of the softmax, for no key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,7 @@ def build_executor(
     shapes = [_shape(config, spec, page_size, max_pages, platform) for spec in specs]
     attention = [[_attention(kernels, shape, num_slots) for shape in shapes] for _ in range(NUM_LANES)]
     shares = kernels.decode_attention.least_shared if options.executor.cascade else None
-    least_shared = [shares if spec.window is None else None for spec in specs]
+    least_shared = [shares if spec.window is None and config.attention_soft_cap is None else None for spec in specs]
     runner = Runner(model, config.num_layers, state, attention, least_shared)
     executor = Executor(runner=runner, platform=platform, state=state, sampler=sampler)
 
@@ -93,6 +93,8 @@ def _query(config: ModelConfig, specs: tuple[CacheSpec, ...], options: EngineOpt
         head_dim=config.head_dim,
         page_size=options.cache.page_size,
         window=next((spec.window for spec in specs if spec.window is not None), None),
+        soft_cap=config.attention_soft_cap,
+        sinks=config.attention_sinks,
     )
 
 
@@ -105,6 +107,7 @@ def _shape(config: ModelConfig, spec: CacheSpec, page_size: int, max_pages: int,
         max_pages=max_pages,
         scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
         window=spec.window,
+        soft_cap=config.attention_soft_cap,
         dtype=getattr(torch, config.dtype),
         device=platform.device,
     )

@@ -34,20 +34,34 @@ class Attention(nn.Module):
         self._qkv = context.kernels.qkv
 
     def forward(
-        self, qkv: Tensor, norm: QueryKeyNorm | None, rotary: Rotary | None, positions: Tensor, fwd: Forward
+        self,
+        qkv: Tensor,
+        norm: QueryKeyNorm | None,
+        rotary: Rotary | None,
+        positions: Tensor,
+        fwd: Forward,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """[T, (Hq + 2 Hk) D], of which queries and keys are normalised and rotated in place -> [T, Hq D].
 
-        norm: of each head, or None; rotary: None where this layer has no positions.
+        norm: of each head, or None; rotary: None where this layer has no positions; sinks: [Hq], see `Attend`.
         """
         num_heads, num_kv_heads, head_dim = self._shape
         heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
         q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
         norms = None if norm is None else norm.of_heads()
-        return self.attend(q, k, v, norms, None if rotary is None else rotary(positions), fwd).flatten(1)
+        rotation = None if rotary is None else rotary(positions)
+        return self.attend(q, k, v, norms, rotation, fwd, sinks).flatten(1)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, norms: HeadNorms | None, rotation: Rotation | None, fwd: Forward
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: HeadNorms | None,
+        rotation: Rotation | None,
+        fwd: Forward,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """The same with the heads apart: q [T, Hq, D], k and v [T, Hk, D] -> [T, Hq, D]."""
         cache = fwd.caches[self._layer]
@@ -56,7 +70,7 @@ class Attention(nn.Module):
         n = fwd.num_decode
         outputs = []
         if group.decode is not None:
-            outputs.append(group.decode(q[:n], cache.k, cache.v))
+            outputs.append(group.decode(q[:n], cache.k, cache.v, sinks))
         if group.prefill is not None:
-            outputs.append(group.prefill(q[n:], cache.k, cache.v))
+            outputs.append(group.prefill(q[n:], cache.k, cache.v, sinks))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

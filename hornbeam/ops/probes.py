@@ -45,11 +45,13 @@ class Probes:
             max_pages=_MAX_PAGES,
             scale=1.0,
             window=query.window,
+            soft_cap=query.soft_cap,
             dtype=getattr(torch, query.dtype),
             device=self._device,
         )
         attention = backend.create(shape, max_rows=1)
         pages = self._pages()
+        sinks = self._zeros(query.num_heads) if query.sinks else None
         for plan, num_queries in ((attention.plan_decode, 1), (attention.plan_prefill, 2)):
             rows = Rows(
                 page_tables=self._integers(2, _MAX_PAGES, dtype=torch.int32),
@@ -58,7 +60,7 @@ class Probes:
                 len_bounds=(num_queries,),
                 query_lens=(num_queries,),
             )
-            plan(rows)(self._zeros(num_queries, query.num_heads, query.head_dim), pages, pages)
+            plan(rows)(self._zeros(num_queries, query.num_heads, query.head_dim), pages, pages, sinks)
         self._wait()
 
     def linear(self, backend: LinearProduct) -> None:

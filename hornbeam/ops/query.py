@@ -14,4 +14,5 @@ class OpQuery:
     head_dim: int
     page_size: int
     window: int | None = None  # a query sees only the last `window` tokens
-    soft_cap: float | None = None
+    soft_cap: float | None = None  # of attention scores
+    sinks: bool = False  # attention has a score per head that leads to no key

@@ -26,7 +26,14 @@ class PagedCase:
 
 
 def make_shape(
-    device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> AttentionShape:
     return AttentionShape(
         num_heads=num_heads,
@@ -35,6 +42,8 @@ def make_shape(
         page_size=PAGE_SIZE,
         max_pages=MAX_PAGES,
         scale=head_dim**-0.5,
+        window=window,
+        soft_cap=soft_cap,
         dtype=dtype,
         device=device,
     )
@@ -45,7 +54,8 @@ def make_case(
 ) -> PagedCase:
     """Queries are a view of a wider tensor, as a fused projection makes them; slots are in no order.
 
-    Padding rows sit in the last slot, with length 1 on page 0.
+    Padding rows sit in the last slot, with length 1 on page 0. What a windowed table says behind the window is the
+    number of a page full of nan: it was given back, and must not be read.
     """
     device, random = shape.device, Random(0)
     if device.type == "cpu" and shape.dtype != torch.float32:
@@ -53,16 +63,19 @@ def make_case(
     num_slots = len(lens) + 2
     pages = list(range(1, 1 + sum(-(-length // PAGE_SIZE) for length in lens)))
     random.shuffle(pages)
-    num_pages = len(pages) + 1
+    gone = len(pages) + 1
     tables = torch.zeros((num_slots + 1, shape.max_pages), dtype=torch.int32)
     slots = random.sample(range(num_slots), len(lens))
-    for slot, length in zip(slots, lens, strict=True):
+    for slot, length, num_queries in zip(slots, lens, query_lens, strict=True):
         count = -(-length // PAGE_SIZE)
         tables[slot, :count] = torch.tensor([pages.pop() for _ in range(count)])
+        if shape.window is not None:
+            tables[slot, : max(0, length - num_queries - shape.window + 1) // PAGE_SIZE] = gone
     slots, lens = slots + [num_slots] * num_padding, lens + [1] * num_padding
     query_lens = query_lens + [1] * num_padding
-    size = (num_pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
+    size = (gone + 1, PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
     k_pages, v_pages = (torch.randn(size, device=device).to(shape.dtype) for _ in "kv")
+    k_pages[gone] = v_pages[gone] = float("nan")
     wide = torch.randn(sum(query_lens), shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim, device=device)
     rows = Rows(
         page_tables=tables.to(device),
@@ -76,11 +89,11 @@ def make_case(
     return PagedCase(shape=shape, rows=rows, q=q, k_pages=k_pages, v_pages=v_pages)
 
 
-def expected_output(case: PagedCase) -> Tensor:
+def expected_output(case: PagedCase, sinks: Tensor | None = None) -> Tensor:
     """The reference's answer in float64, [T, Hq, D]: no backend computes more exactly."""
     wide = (tensor.double() for tensor in (case.q, case.k_pages, case.v_pages))
     attend = ReferenceAttention(case.shape).plan_prefill(replace(case.rows, captured=False))
-    return attend(*wide)
+    return attend(*wide, sinks)
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:

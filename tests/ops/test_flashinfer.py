@@ -15,13 +15,25 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # what other packages warn of on import is their business
 ]
 
-SHAPES = [(32, 8, 128), (9, 3, 64), (4, 4, 128), (16, 1, 64)]
+# Query heads, key-value heads, head size; window; soft cap
+SHAPES = [
+    (32, 8, 128, None, None),
+    (9, 3, 64, None, None),
+    (4, 4, 128, None, None),
+    (16, 1, 64, None, None),
+    (8, 4, 256, None, None),
+    (4, 1, 256, 100, None),
+    (32, 8, 128, 33, None),
+    (8, 4, 128, 17, 5.0),
+    (8, 4, 256, None, 5.0),
+]
 
 
 @pytest.fixture(params=SHAPES, ids=str)
 def shape(request) -> AttentionShape:
     torch.manual_seed(0)
-    return make_shape(torch.device("cuda"), torch.bfloat16, *request.param)
+    *heads, window, soft_cap = request.param
+    return make_shape(torch.device("cuda"), torch.bfloat16, *heads, window=window, soft_cap=soft_cap)
 
 
 @pytest.fixture
@@ -34,6 +46,8 @@ def backend(shape) -> AttentionBackend:
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         page_size=PAGE_SIZE,
+        window=shape.window,
+        soft_cap=shape.soft_cap,
     )
     if reason := flashinfer.BACKEND.supports(query):
         pytest.skip(reason)
@@ -105,5 +119,6 @@ def test_two_lanes_do_not_disturb_each_other(backend, shape):
 def test_what_is_not_compiled_is_refused(backend, shape):
     query = OpQuery(device="cuda", dtype="float32", num_heads=4, num_kv_heads=4, head_dim=128, page_size=PAGE_SIZE)
     assert "float32" in backend.supports(query)
-    assert "head size" in backend.supports(dataclasses.replace(query, dtype="bfloat16", head_dim=256))
+    assert "head size" in backend.supports(dataclasses.replace(query, dtype="bfloat16", head_dim=512))
+    assert "sinks" in backend.supports(dataclasses.replace(query, dtype="bfloat16", sinks=True))
     assert "CUDA" in backend.supports(dataclasses.replace(query, device="cpu"))

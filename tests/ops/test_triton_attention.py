@@ -7,10 +7,14 @@ pytest.importorskip("triton")
 SHAPES = [(9, 3, 64), (8, 2, 128), (4, 4, 16)]
 
 
-def check(case, attend):
-    out = attend(case.q, case.k_pages, case.v_pages)
+# What sets attention apart from plain causal one: window, soft cap, whether heads have sinks
+KINDS = [(20, None, False), (1, None, True), (100, 5.0, False), (None, 5.0, True)]
+
+
+def check(case, attend, sinks=None):
+    out = attend(case.q, case.k_pages, case.v_pages, sinks)
     assert out.dtype == case.q.dtype
-    torch.testing.assert_close(out.double(), expected_output(case), **tolerance(case.q.dtype))
+    torch.testing.assert_close(out.double(), expected_output(case, sinks), **tolerance(case.q.dtype))
 
 
 def create(shape, max_rows):
@@ -49,6 +53,19 @@ def test_a_captured_plan_follows_the_tensors(device):
 def test_prefill_after_a_cached_prefix(device, dtype, heads):
     case = make_case(make_shape(device, dtype, *heads), [70, 1, 150, 33], [70, 1, 65, 2])
     check(case, create(case.shape, 8).plan_prefill(case.rows))
+
+
+@pytest.mark.parametrize(("window", "soft_cap", "has_sinks"), KINDS)
+def test_windows_soft_caps_and_sinks(device, dtype, window, soft_cap, has_sinks):
+    shape = make_shape(device, dtype, 6, 2, 32, window=window, soft_cap=soft_cap)
+    sinks = torch.randn(6, device=device, dtype=dtype) if has_sinks else None
+    attention = create(shape, 8)
+    case = make_case(shape, [1, 300, 17, 64, 21], [1] * 5, num_padding=1)
+    check(case, attention.plan_decode(case.rows), sinks)
+    case = make_case(shape, [150, 22], [2, 2])
+    check(case, attention.plan_decode(case.rows), sinks)
+    case = make_case(shape, [70, 1, 150, 33], [70, 1, 65, 2])
+    check(case, attention.plan_prefill(case.rows), sinks)
 
 
 @pytest.mark.cpu

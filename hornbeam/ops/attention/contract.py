@@ -27,7 +27,8 @@ class AttentionShape:
     page_size: int
     max_pages: int  # entries of a page table
     scale: float  # of the dot products
-    window: int | None = None  # a query sees only the last so many tokens, itself included
+    window: int | None = None  # a query sees only the last so many tokens, itself included; nothing behind is read
+    soft_cap: float | None = None  # c: scores x become c * tanh(x / c)
     dtype: torch.dtype
     device: torch.device
 
@@ -48,8 +49,12 @@ class Rows:
 class Attend(Protocol):
     """A planned attention; valid until the same lane plans again."""
 
-    def __call__(self, q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
-        """q [T, Hq, D] over k_pages and v_pages [P, S, Hk, D] -> [T, Hq, D]."""
+    def __call__(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """q [T, Hq, D] over k_pages and v_pages [P, S, Hk, D] -> [T, Hq, D].
+
+        sinks: [Hq], of a model that has them (`OpQuery.sinks`): a score of each head that takes its part of the
+        softmax, and adds nothing to the sum.
+        """
 
 
 class Attention(Protocol):

@@ -23,7 +23,7 @@ from hornbeam.ops.attention.page_lists import PageLists
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.query import OpQuery
 
-_HEAD_DIMS = (64, 128)
+_HEAD_DIMS = (64, 128, 256)
 _DTYPES = ("bfloat16", "float16")
 _PREFILL_TILE = 128  # packed queries of FlashAttention-2's largest tile
 _PLAN_BYTES_PER_ROW = 64  # of a decode plan; it takes less than half of it
@@ -45,7 +45,10 @@ class FlashInferAttention:
         self._no_indices = torch.empty(0, dtype=torch.int32, device=device)
         self._decodes: dict[int, tuple[BatchDecodeWithPagedKVCacheWrapper, Attend]] = {}
         hopper = torch.cuda.get_device_capability(device) == (9, 0)
-        backend = "fa3" if hopper and _is_compiled("fa3", shape.dtype, shape.head_dim) else "fa2"
+        fa3 = hopper and _is_compiled("fa3", shape.dtype, shape.head_dim, shape.window, shape.soft_cap)
+        backend = "fa3" if fa3 else "fa2"
+        # Of pages and keys that are not in the window FlashInfer is not told; the window's first page it masks itself.
+        self._masks = {"window_left": (shape.window or 0) - 1, "logits_soft_cap": shape.soft_cap}
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(self._scratch, "NHD", backend=backend)
 
     def plan_decode(self, rows: Rows) -> Attend:
@@ -60,6 +63,8 @@ class FlashInferAttention:
         if rows.shared is not None:
             self._cascade.plan(rows.shared)
             len_bounds, skips = self._cascade.own_lens(rows.len_bounds), self._cascade.skips
+        elif shape.window is not None:
+            len_bounds, skips = self._decode_pages.window(rows)
         indptr, last_page_lens = self._decode_pages.bounds(len_bounds)
         wrapper.plan(
             indptr,
@@ -72,6 +77,7 @@ class FlashInferAttention:
             q_data_type=shape.dtype,
             kv_data_type=shape.dtype,
             sm_scale=shape.scale,
+            **self._masks,
             # Only the maximum is taken, and only for other kernels than this one: not worth a loop over all rows.
             seq_lens=torch.ones(1, dtype=torch.int32),
         )
@@ -79,7 +85,7 @@ class FlashInferAttention:
         if rows.shared is None:
             return attend
 
-        def attend_shared(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        def attend_shared(q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None) -> Tensor:
             own, own_lse = wrapper.run(q, (k_pages, v_pages), return_lse=True)
             return self._cascade.attend(rows, q, k_pages, v_pages, own, own_lse)
 
@@ -90,9 +96,13 @@ class FlashInferAttention:
         shape, pages = self._shape, self._prefill_pages
         num_tokens = np.zeros(len(rows.query_lens) + 1, dtype=np.int32)
         np.cumsum(rows.query_lens, out=num_tokens[1:])
-        indptr, last_page_lens = pages.bounds(rows.len_bounds)
+        len_bounds: Sequence[int] | np.ndarray = rows.len_bounds
+        skips = None
+        if shape.window is not None:
+            len_bounds, skips = pages.window(rows)
+        indptr, last_page_lens = pages.bounds(len_bounds)
         pages.indptr[: len(indptr)].copy_(indptr, non_blocking=True)
-        pages.fill(rows)
+        pages.fill(rows, skips)
         self._prefill.plan(
             torch.from_numpy(num_tokens),
             indptr,
@@ -106,11 +116,12 @@ class FlashInferAttention:
             q_data_type=shape.dtype,
             kv_data_type=shape.dtype,
             sm_scale=shape.scale,
-            seq_lens=torch.tensor(rows.len_bounds, dtype=torch.int32),
+            **self._masks,
+            seq_lens=torch.from_numpy(np.array(len_bounds, dtype=np.int32)),
             max_token_per_sequence=max(rows.query_lens),
         )
 
-        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None) -> Tensor:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             result: Tensor = self._prefill.run(q, (k_pages, v_pages), out=out)
             return result
@@ -132,7 +143,7 @@ class FlashInferAttention:
         # Its own buffers of 8 MiB go back: a lane plans one step at a time, so all its wrappers can share a small one.
         wrapper.reset_workspace_buffer(self._scratch, self._plan_buffer)
 
-        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None) -> Tensor:
             result: Tensor = wrapper.run(q, (k_pages, v_pages))
             return result
 
@@ -149,9 +160,9 @@ def _scratch_bytes(shape: AttentionShape, max_rows: int, num_processors: int) ->
     return shape.num_heads * packed_queries * (shape.head_dim + 1) * 4 + 1024
 
 
-def _is_compiled(backend: str, dtype: torch.dtype, head_dim: int) -> bool:
+def _is_compiled(backend: str, dtype: torch.dtype, head_dim: int, window: int | None, soft_cap: float | None) -> bool:
     """Whether FlashInfer's package or the user's own cache holds the module."""
-    no_positions, no_window, no_soft_cap, half_precision_products = 0, False, False, False
+    no_positions, half_precision_products = 0, False
     spec = gen_batch_prefill_module(
         backend,
         dtype,
@@ -161,15 +172,15 @@ def _is_compiled(backend: str, dtype: torch.dtype, head_dim: int) -> bool:
         head_dim,
         head_dim,
         no_positions,
-        no_window,
-        no_soft_cap,
+        window is not None,
+        soft_cap is not None,
         half_precision_products,
     )
     return bool(spec.is_compiled)
 
 
 class FlashInferBackend:
-    """Full attention in half precision over head sizes 64 and 128, without anything to compile at start."""
+    """Half precision over head sizes 64, 128 and 256, without anything to compile at start."""
 
     captures = True
     least_shared = 16384
@@ -178,16 +189,18 @@ class FlashInferBackend:
         """CUDA devices, and parameters whose FlashAttention-2 module is compiled."""
         if reason := needs_cuda(query):
             return reason
-        if query.window or query.soft_cap:
-            return "windows and soft caps are not implemented"
+        if query.sinks:
+            return "attention sinks are not implemented"
         if query.dtype not in _DTYPES:
             return f"{query.dtype} is not among {', '.join(_DTYPES)}"
         if query.head_dim not in _HEAD_DIMS:
             return f"head size {query.head_dim} is not among {', '.join(map(str, _HEAD_DIMS))}"
-        if not _is_compiled("fa2", getattr(torch, query.dtype), query.head_dim):
+        module = getattr(torch, query.dtype), query.head_dim
+        # Beside layers with a window there may be some without.
+        if not all(_is_compiled("fa2", *module, window, query.soft_cap) for window in {query.window, None}):
             return (
-                f"its module for {query.dtype} and head size {query.head_dim} would have to be compiled at start; "
-                "install flashinfer-jit-cache to have it"
+                f"its modules for {query.dtype}, head size {query.head_dim}, window {query.window} and soft cap "
+                f"{query.soft_cap} would have to be compiled at start; install flashinfer-jit-cache to have them"
             )
         return None
 

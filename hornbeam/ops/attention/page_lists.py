@@ -62,6 +62,16 @@ class PageLists:
         num_pages.cumsum(out=indptr[1:])
         return torch.from_numpy(indptr), torch.from_numpy(lens - (num_pages - 1) * self._shape.page_size)
 
+    def window(self, rows: Rows) -> tuple[np.ndarray, Tensor]:
+        """Without the pages that lie behind the window of a row's first query: bounds of lengths [B], and the numbers
+        of these pages [B] int32, on the device."""
+        assert self._shape.window is not None
+        lens = np.array(rows.len_bounds, dtype=np.int32)
+        first_seen = lens - np.array(rows.query_lens, dtype=np.int32) - self._shape.window + 1
+        skips = np.maximum(first_seen, 0) // self._shape.page_size
+        on_device = torch.from_numpy(skips).to(self._shape.device, non_blocking=True)
+        return lens - skips * self._shape.page_size, on_device
+
     def fill(self, rows: Rows, skips: Tensor | None = None) -> None:
         """Bring the buffers up to date with the device's page tables and lengths; `indptr` is there already.
 

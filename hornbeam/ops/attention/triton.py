@@ -37,6 +37,7 @@ def _attend_kernel(
     slots_ptr,
     lens_ptr,
     tiles_ptr,
+    sinks_ptr,
     q_stride,
     q_head_stride,
     page_table_stride,
@@ -45,6 +46,9 @@ def _attend_kernel(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -53,6 +57,7 @@ def _attend_kernel(
     """One tile, one key-value head, one stretch of keys.
 
     tiles: [num_tiles, 3] int32: the row, the tile's first query token, the row's queries from that one on.
+    WINDOW and SOFT_CAP: 0 for none; sinks: [NUM_HEADS].
     out: [T, NUM_HEADS, NUM_SPLITS, HEAD_DIM]; lse: [T, NUM_HEADS, NUM_SPLITS] float32, base 2, if NUM_SPLITS > 1.
     """
     if EARLY:
@@ -65,6 +70,7 @@ def _attend_kernel(
     remaining = tl.load(tiles_ptr + 3 * tile + 2)
     num_queries = tl.minimum(remaining, BLOCK // GROUP)
     position = tl.load(lens_ptr + row) - remaining  # of the first query
+    begin = tl.maximum(position - WINDOW + 1, 0) if WINDOW else 0  # the first key that the first query sees
     end = position + num_queries  # keys that the last query sees
 
     packed = tl.arange(0, BLOCK)
@@ -78,11 +84,15 @@ def _attend_kernel(
         other=0.0,
     )
 
-    stretch = tl.cdiv(tl.cdiv(end, NUM_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
-    start = split * stretch
+    stretch = tl.cdiv(tl.cdiv(end - begin, NUM_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
+    start = begin + split * stretch
     table = page_tables_ptr + tl.load(slots_ptr + row) * page_table_stride
     maximum = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
+    if HAS_SINKS:  # noqa: SIM102 (only the outer one is known when the kernel is compiled)
+        if split == 0:  # as if it had seen a key with that score and a value of zeros
+            maximum = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+            total += 1.0
     accumulator = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
     for block in range(start, tl.minimum(start + stretch, end), BLOCK_KEYS):
         keys = block + tl.arange(0, BLOCK_KEYS)
@@ -90,8 +100,14 @@ def _attend_kernel(
         page = tl.load(table + keys // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
         cell = ((page * PAGE_SIZE + keys % PAGE_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
         k = tl.load(k_ptr + cell[None, :] + dims[:, None], mask=inside[None, :], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * (scale * 1.4426950408889634)  # to base 2
+        scores = tl.dot(q, k, input_precision="ieee")
+        if SOFT_CAP:  # tanh(x) = 2 sigmoid(2 x) - 1
+            scores = (2 * tl.sigmoid(scores * (2 * scale / SOFT_CAP)) - 1) * (SOFT_CAP * 1.4426950408889634)
+        else:
+            scores *= scale * 1.4426950408889634  # to base 2
         seen = keys[None, :] <= (position + query)[:, None]
+        if WINDOW:
+            seen &= keys[None, :] > (position + query - WINDOW)[:, None]
         scores = tl.where(seen, scores, -float("inf"))
         higher = tl.maximum(maximum, tl.max(scores, 1))
         reference = tl.where(higher == -float("inf"), 0.0, higher)
@@ -146,7 +162,12 @@ class TritonAttention:
             tiles = _tiles((num_queries,) * self._max_rows, num_queries)
             self._decode_tiles[num_queries] = self._upload(tiles)
         programs = num_rows * self._shape.num_kv_heads
-        num_splits = min(_MAX_SPLITS, triton.next_power_of_2(triton.cdiv(_PROGRAMS, programs)))
+        most_keys = _MAX_SPLITS * _BLOCK_KEYS if self._shape.window is None else self._shape.window + num_queries - 1
+        num_splits = min(
+            _MAX_SPLITS,
+            triton.next_power_of_2(triton.cdiv(_PROGRAMS, programs)),
+            triton.next_power_of_2(triton.cdiv(most_keys, _BLOCK_KEYS)),
+        )
         attend = self._attend(rows, self._decode_tiles[num_queries][:num_rows], num_queries, num_splits)
         if rows.captured:
             self._captured[num_rows, num_queries] = attend
@@ -168,7 +189,7 @@ class TritonAttention:
         early = early_launch(shape.device)
         num_stages = 3 if shape.dtype.itemsize == 2 else 1  # keys and values of each stage wait in shared memory
 
-        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None) -> Tensor:
             assert q.stride(2) == 1
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             parts, lse = out, out
@@ -185,6 +206,7 @@ class TritonAttention:
                 rows.slots,
                 rows.lens,
                 tiles,
+                q if sinks is None else sinks,
                 q.stride(0),
                 q.stride(1),
                 rows.page_tables.stride(0),
@@ -193,6 +215,9 @@ class TritonAttention:
                 NUM_KV_HEADS=shape.num_kv_heads,
                 HEAD_DIM=shape.head_dim,
                 PAGE_SIZE=shape.page_size,
+                WINDOW=shape.window or 0,
+                SOFT_CAP=shape.soft_cap or 0.0,
+                HAS_SINKS=sinks is not None,
                 NUM_SPLITS=num_splits,
                 BLOCK=block,
                 BLOCK_KEYS=_BLOCK_KEYS,
@@ -219,15 +244,13 @@ def _tiles(query_lens: Sequence[int], tile_len: int) -> list[tuple[int, int, int
 
 
 class TritonAttentionBackend:
-    """Full attention over head sizes that are powers of two."""
+    """Head sizes that are powers of two."""
 
     captures = True
     least_shared = None
 
     def supports(self, query: OpQuery) -> str | None:
         """CUDA devices; head sizes that are powers of two from 16 on."""
-        if query.window or query.soft_cap:
-            return "windows and soft caps are not implemented"
         if query.head_dim < 16 or query.head_dim & (query.head_dim - 1):
             return f"head size {query.head_dim} is not a power of two of at least 16"
         return needs_cuda(query)
