@@ -66,6 +66,8 @@ class ServeOptions:
     admin_api_key: str | None
     served_model_name: str
     chat_template: str | None
+    template_name: str | None  # of the model's own templates
+    sampling_defaults: str  # "model", "openai"
     skip_tokenizer: bool  # ids in, ids out
     log_level: str
     stream_interval: int

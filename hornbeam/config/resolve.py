@@ -164,6 +164,8 @@ def resolve_serve(user: Mapping[str, Any], default_model_name: str) -> ServeOpti
         admin_api_key=pick("admin_api_key"),
         served_model_name=pick("served_model_name", user.get("model_path") or default_model_name, "the model path"),
         chat_template=pick("chat_template"),
+        template_name=pick("hf_chat_template_name"),
+        sampling_defaults=pick("sampling_defaults"),
         skip_tokenizer=pick("skip_tokenizer_init"),
         log_level=pick("log_level"),
         stream_interval=_positive(resolver, "stream_interval", 1, "default"),

@@ -24,6 +24,11 @@ ARCHITECTURES: dict[str, str] = {
     "gguf:llama": "llama",
     "gguf:qwen2": "llama",
     "gguf:qwen3": "llama",
+    "gguf:smollm3": "llama",
+    "gguf:phi3": "llama",
+    "gguf:granite": "llama",
+    "gguf:olmo2": "llama",
+    "gguf:internlm2": "llama",
 }
 FAMILIES: Registry[None, ModelFamily] = Registry("models", {"llama": "hornbeam.models.llama.spec:FAMILY"})
 # For what no family claims; `supports(hf_config)` looks at the model

@@ -99,7 +99,7 @@ def parse_chat(body: Any, serving: Serving) -> ChatCall:
     Raises:
         BadRequest: names the field.
     """
-    fields = CHAT.read(body)
+    fields = serving.sampling_defaults | CHAT.read(body)
     if "messages" not in fields:
         raise BadRequest("messages must be given", "messages")
     if serving.template is None:

@@ -16,6 +16,7 @@ from hornbeam.engine.envelope import Ready
 from hornbeam.engine.frontend import Frontend
 from hornbeam.engine.transport import EngineHandle
 from hornbeam.models.index import DEFAULT_CHECKPOINT
+from hornbeam.serve.defaults import choose_template, sampling_defaults
 from hornbeam.text.chat import ChatTemplate
 from hornbeam.text.tokenizer import Tokenizer, load_tokenizer
 from hornbeam.weights.checkpoint import open_checkpoint
@@ -70,6 +71,7 @@ class Serving:
         self.options = options
         self.model_path: str = user["model_path"]
         self.template: ChatTemplate | None = None  # None: ids in, ids out
+        self.sampling_defaults: dict[str, Any] = {}  # of fields that a chat request leaves out
         self.tokenizer_path: str = user.get("tokenizer_path", self.model_path)
         self._load_format: str = user.get("load_format", "auto")
 
@@ -81,9 +83,9 @@ class Serving:
             EngineDead: the engine failed otherwise.
         """
         await self.frontend.start()
-        tokenizer = await asyncio.to_thread(self._load_tokenizer)
+        tokenizer = await asyncio.to_thread(self._read_checkpoint)
         if tokenizer is not None:
-            self.template = ChatTemplate(self._template_source(tokenizer), tokenizer.special_tokens)
+            self.template = choose_template(tokenizer, self.options.chat_template, self.options.template_name)
         return await self.frontend.open(tokenizer)
 
     async def info(self) -> dict[str, Any]:
@@ -93,6 +95,7 @@ class Serving:
         return {
             "model_path": self.model_path,
             **{name: value for name, value in options.items() if name not in _SECRETS},
+            "default_sampling_params": self.sampling_defaults,
             **ready.facts,
             "version": __version__,
             "context_len": ready.context_len,
@@ -102,24 +105,18 @@ class Serving:
             "internal_states": [await self.frontend.info()],
         }
 
-    def _load_tokenizer(self) -> Tokenizer | None:
+    def _read_checkpoint(self) -> Tokenizer | None:
+        """The tokenizer; and what the model wants requests to leave out."""
+        checkpoint = open_checkpoint(Path(self.model_path), self._load_format)
+        if self.options.sampling_defaults == "model":
+            self.sampling_defaults = sampling_defaults(checkpoint.generation_config)
         if self.options.skip_tokenizer:
             return None
+        own = self.tokenizer_path == self.model_path
         try:
-            if self.tokenizer_path != self.model_path:
-                return load_tokenizer(self.tokenizer_path)
-            return load_tokenizer(open_checkpoint(Path(self.model_path), self._load_format).tokenizer_path)
+            return load_tokenizer(checkpoint.tokenizer_path if own else self.tokenizer_path)
         except ConfigError as error:
             if self._load_format != "dummy":
                 raise
             logger.warning("serving token ids only: %s", error)
             return None
-
-    def _template_source(self, tokenizer: Tokenizer) -> str | None:
-        path = self.options.chat_template
-        if path is None:
-            return tokenizer.chat_template
-        try:
-            return Path(path).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--chat-template {path} cannot be read: {error}") from error

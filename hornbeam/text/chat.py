@@ -4,10 +4,10 @@ Offers what templates written for Hugging Face expect: `raise_exception`, `strft
 characters as they are, loop controls, and `{% generation %}` as a mere bracket. Knows no model and no tokens.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
 from typing import Any, NoReturn
 
 import jinja2
@@ -16,7 +16,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hornbeam.core.errors import BadRequest
+from hornbeam.core.errors import BadRequest, ConfigError
 
 _CUT = "\ue000continue here\ue001"  # private-use characters around it: no template reacts to them
 
@@ -27,11 +27,13 @@ class ChatTemplate:
     Args:
         source: Jinja source; None for a model that has no template, which makes `render` refuse.
         special_tokens: variables for the template ("bos_token", ...).
+        tool_source: used instead where tools are given, if there is one.
     """
 
-    def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str | None, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
         self._source = source
         self._special_tokens = special_tokens
+        self._tool_source = tool_source
 
     def render(
         self,
@@ -56,7 +58,8 @@ class ChatTemplate:
         Raises:
             BadRequest: there is no template, it cannot render these messages, or a content part is not text.
         """
-        if self._source is None:
+        source = self._tool_source if tools and self._tool_source is not None else self._source
+        if source is None:
             raise BadRequest(
                 "this model has no chat template: start the server with --chat-template, or send the finished prompt "
                 "to /generate"
@@ -68,7 +71,7 @@ class ChatTemplate:
             plain[-1]["content"] += _CUT
         variables = {**self._special_tokens, **kwargs, "messages": plain, "tools": tools}
         try:
-            prompt = self._template.render(
+            prompt = _compiled(source).render(
                 variables, add_generation_prompt=add_generation_prompt and not continue_final_message
             )
         except Exception as error:  # the template is a program of its own: whatever it raises is its answer
@@ -80,17 +83,25 @@ class ChatTemplate:
             raise BadRequest("the chat template drops the last message, so it cannot be continued", "messages")
         return before
 
-    @cached_property
-    def _template(self) -> jinja2.Template:
-        assert self._source is not None
-        # The sandbox forbids private attributes, changes to the messages, and ranges over 100,000.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        return environment.from_string(self._source)
+
+def check_template(source: str) -> None:
+    """Raises ConfigError if `source` is no Jinja template."""
+    try:
+        _compiled(source)
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"the chat template is broken: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    # The sandbox forbids private attributes, changes to the messages, and ranges over 100,000.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(source)
 
 
 class _GenerationTag(Extension):

@@ -31,6 +31,7 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}  # filled on demand; at most one entry per id a model can produce
         self.special_tokens: Mapping[str, str] = contents.special_tokens  # "bos_token" -> "<s>", for templates
         self.chat_template = contents.chat_template
+        self.named_templates = contents.named_templates
         self.bos_id = contents.bos_id
         self.eos_ids = contents.eos_ids
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
@@ -52,8 +53,11 @@ class Tokenizer:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
             raise BadRequest("the text holds characters that are not valid Unicode (a lone surrogate)") from error
-        if add_special_tokens and self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
+        if add_special_tokens and self.bos_id is not None:
+            if self._add_bos and ids[:1] != [self.bos_id]:
+                ids.insert(0, self.bos_id)
+            elif ids[:2] == [self.bos_id] * 2:  # one of them was written in the text, as rendered chats have it
+                del ids[0]
         return ids
 
     def decode(

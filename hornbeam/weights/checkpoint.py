@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hornbeam.core.errors import ConfigError
-from hornbeam.weights.gguf import read_gguf
+from hornbeam.weights.gguf import read_gguf, split_paths
 from hornbeam.weights.gguf_tensors import GgufTensors, hugging_face_config, special_ids
 from hornbeam.weights.safetensors_files import SafetensorsFiles, find_safetensors
 from hornbeam.weights.torch_files import find_torch_files
@@ -109,7 +109,7 @@ def _find_gguf(path: Path, load_format: str) -> Path | None:
     if load_format in ("safetensors", "pt", "dummy") or (load_format == "auto" and any(path.glob("*.safetensors"))):
         return None
     found = sorted(path.glob("*.gguf"))
-    if len(found) > 1:
+    if len(found) > 1 and not set(found) <= set(split_paths(found[0])):
         raise ConfigError(f"{path} holds several GGUF files; give the path of one: {', '.join(p.name for p in found)}")
     if not found and load_format == "gguf":
         raise ConfigError(f"{path} holds no GGUF file; give the path of one, or leave out --load-format")

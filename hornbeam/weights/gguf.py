@@ -5,6 +5,7 @@ Source of the format: the GGUF specification in the ggml repository (docs/gguf.m
 """
 
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from hornbeam.core.errors import ConfigError
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # how the files of one split are named
 
 # ggml type id -> (name, elements per block, bytes per block)
 _TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
@@ -80,9 +82,33 @@ class GgufFile:
 def read_gguf(path: Path) -> GgufFile:
     """Read the header of `path` and map its tensors; their bytes are read from disk when they are used.
 
+    Of a file that was split, `path` may be any part; metadata is that of the first.
+
     Raises:
-        ConfigError: the file cannot be read, is not GGUF, or is damaged; the message says where.
+        ConfigError: the file cannot be read, is not GGUF, or is damaged, or a part is missing; the message says where.
     """
+    paths = split_paths(path)
+    absent = [part.name for part in paths if not part.exists()]
+    if absent and path.exists():
+        raise ConfigError(f"{path} is one part of several, and {', '.join(absent)} is not there; fetch all parts")
+    files = [_read_file(part) for part in paths]
+    count = files[0].metadata.get("split.count") or 1
+    if count != len(files):
+        raise ConfigError(f"{path} is one of {count} parts, but is not named like one: ...-00001-of-{count:05}.gguf")
+    tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    return GgufFile(path=path, metadata=files[0].metadata, tensors=tensors)
+
+
+def split_paths(path: Path) -> list[Path]:
+    """The paths of all parts, in order, if `path` is named like a part of a split file; else itself alone."""
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, _, count = match.groups()
+    return [path.with_name(f"{stem}-{part:05}-of-{count}.gguf") for part in range(1, int(count) + 1)] or [path]
+
+
+def _read_file(path: Path) -> GgufFile:
     try:
         mapped = np.memmap(path, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped

@@ -26,6 +26,10 @@ _CONFIG_KEYS = {
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.sliding_window": "sliding_window",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
     "rope.freq_base": "rope_theta",
     "rope.dimension_count": "rotary_dim",
     "expert_count": "num_local_experts",
@@ -34,6 +38,7 @@ _CONFIG_KEYS = {
 _TENSOR_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_TENSOR_NAMES = {
     "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -41,10 +46,14 @@ _LAYER_TENSOR_NAMES = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_ROPE_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+_SINGLE_FACTORS = "rope_freqs.weight"  # the same for contexts of any length
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<what>\w+)\.(?P<kind>weight|bias)")
 _DTYPES = {"F32": "float32", "F16": "float16"}  # of blocks, whose numbers had the range of bfloat16: that
 
@@ -71,7 +80,8 @@ class GgufTensors:
                     raise ConfigError(f"{self.file.path}: tensor {tensor.name}: {error}") from error
 
     def _tensors(self) -> dict[str, GgufTensor]:
-        return {hugging_face_name(name): tensor for name, tensor in self.file.tensors.items()}
+        factors = (_SINGLE_FACTORS, *_ROPE_FACTORS.values())  # told by the config
+        return {hugging_face_name(name): tensor for name, tensor in self.file.tensors.items() if name not in factors}
 
 
 def hugging_face_name(name: str) -> str:
@@ -89,22 +99,20 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
     """What config.json would say. The architecture is "gguf:" and GGUF's own name for it.
 
     Raises:
-        ConfigError: no architecture or no embedding, a part of a split file, or rotary factors given as a tensor.
+        ConfigError: no architecture or no embedding.
     """
     metadata, tensors = file.metadata, file.tensors
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or "token_embd.weight" not in tensors:
         raise ConfigError(f"{file.path} holds no language model: it lacks an architecture or token_embd.weight")
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise ConfigError(f"{file.path} is one part of several; merge them into one file first")
-    if "rope_freqs.weight" in tensors:
-        raise ConfigError(f"{file.path} gives rotary factors as a tensor, not supported: take the safetensors files")
     embedding = tensors["token_embd.weight"]
     config = {
         ours: metadata[f"{architecture}.{theirs}"]
         for theirs, ours in _CONFIG_KEYS.items()
         if f"{architecture}.{theirs}" in metadata
     }
+    if config.get("sliding_window") == 0:
+        del config["sliding_window"]  # none
     config |= {
         "architectures": [f"gguf:{architecture}"],
         "model_type": architecture,
@@ -114,7 +122,7 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
     }
-    return config | _rope_scaling(metadata, architecture) | special_ids(file)
+    return config | _rope_scaling(file, architecture) | special_ids(file)
 
 
 def special_ids(file: GgufFile) -> dict[str, Any]:
@@ -129,14 +137,27 @@ def special_ids(file: GgufFile) -> dict[str, Any]:
     return {name: value for name, value in ids.items() if value not in (None, [])}
 
 
-def _rope_scaling(metadata: dict[str, Any], architecture: str) -> dict[str, Any]:
-    key = f"{architecture}.rope.scaling."
-    kind = metadata.get(key + "type", "none")
-    if kind == "none":
-        return {}
+def _rope_scaling(file: GgufFile, architecture: str) -> dict[str, Any]:
+    """A tensor of divisors, one for each pair of features, overrides what metadata says of the kind."""
+    get, key = file.metadata.get, f"{architecture}.rope.scaling."
     scaling = {
-        "rope_type": kind,
-        "factor": metadata.get(key + "factor"),
-        "original_max_position_embeddings": metadata.get(key + "original_context_length"),
+        "rope_type": get(key + "type", "none"),
+        "factor": get(key + "factor"),
+        "original_max_position_embeddings": get(key + "original_context_length"),
+        "attention_factor": get(key + "attn_factor"),
     }
+    if _SINGLE_FACTORS in file.tensors:
+        factors = _numbers(file, _SINGLE_FACTORS)
+        scaling |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
+    elif all(name in file.tensors for name in _ROPE_FACTORS.values()):
+        scaling |= {"rope_type": "longrope"} | {ours: _numbers(file, name) for ours, name in _ROPE_FACTORS.items()}
+    if scaling["rope_type"] == "none":
+        return {}
     return {"rope_scaling": {name: value for name, value in scaling.items() if value is not None}}
+
+
+def _numbers(file: GgufFile, name: str) -> list[float]:
+    tensor = file.tensors[name]
+    if tensor.type_name != "F32":
+        raise ConfigError(f"{file.path}: tensor {name} must hold float32, not {tensor.type_name}")
+    return [float(number) for number in tensor.data.view("<f4")]

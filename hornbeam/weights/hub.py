@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from hornbeam.core.errors import ConfigError
+from hornbeam.weights.gguf import split_paths
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _REPO_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)")
@@ -56,7 +57,8 @@ def _fetch_file(repo_id: str, file: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo_id, file, revision=revision))
+        parts = [hf_hub_download(repo_id, str(part), revision=revision) for part in split_paths(Path(file))]
+        return Path(parts[0])
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise _failure(f"{repo_id}/{file}", revision, error) from error
 

@@ -71,7 +71,7 @@ class Server:
 def _fake_tokenizer() -> Iterator[None]:
     """The fake model's folder does not exist; its tokenizer is made, not read."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving.Serving, "_load_tokenizer", _make_tokenizer)
+        patch.setattr(serving.Serving, "_read_checkpoint", _make_tokenizer)
         yield
 
 

@@ -129,11 +129,38 @@ def test_sentencepiece_facts():
         sentencepiece(scores=[0.0])
 
 
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "un", "##aff", "##able", "runn", "##ing", "cafe", ",", "é"]
+
+
+@pytest.mark.cpu
+def test_wordpiece_equals_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS), "utf-8")
+    theirs = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    # As converters write it: a mark where a word begins instead of one where it goes on
+    marked = [word if word[0] == "[" else word[2:] if word[0] == "#" else f"\u2581{word}" for word in WORDS]
+    entries = {"model": "bert", "tokens": marked, "token_type": [3] * 4 + [1] * 8, "bos_token_id": 2}
+    ids = {"unknown_token_id": 1, "seperator_token_id": 3, "cls_token_id": 2, "padding_token_id": 0}
+    tokenizer = Tokenizer(read_metadata({f"tokenizer.ggml.{name}": value for name, value in (entries | ids).items()}))
+    for text in ("Unaffable, running café", "[SEP]un", "runnrunn", "", "ééé \u6771"):
+        for special in (True, False):
+            assert tokenizer.encode(text, add_special_tokens=special) == theirs.encode(text, add_special_tokens=special)
+    assert tokenizer.decode(tokenizer.encode("unaffable runn")) == "unaffable runn"
+
+
+@pytest.mark.pure
+def test_named_chat_templates():
+    named = {"tokenizer.chat_template": "D", "tokenizer.chat_templates": ["rag"], "tokenizer.chat_template.rag": "R"}
+    contents = read_metadata(metadata() | named)
+    assert (contents.chat_template, contents.named_templates) == ("D", {"rag": "R"})
+
+
 @pytest.mark.pure
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "bert"}, "'bert' is not supported"),
+        ({"model": "t5"}, "'t5' is not supported"),
+        ({"model": "bert"}, "lacks the id of its unknown, CLS or SEP token"),
         ({"pre": "unheard-of"}, "known are: default, gpt-2, .*smollm"),
         ({"tokens": None}, r"lacks tokenizer\.ggml\.tokens"),
         ({"model": None}, "has no tokenizer"),

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from hornbeam.text.chat import ChatTemplate
@@ -104,3 +106,57 @@ def test_facts(folder, theirs):
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (theirs.bos_token_id, {theirs.eos_token_id})
     assert tokenizer.special_ids == set(theirs.all_special_ids) | {2}
     assert tokenizer.special_tokens == theirs.special_tokens_map
+
+
+def added(content, special, **changes):
+    shape = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False} | changes
+    return {"content": content, "special": special, **shape}
+
+
+def test_tokens_that_only_the_config_describes(tmp_path, byte_level_backend):
+    from transformers import AutoTokenizer
+
+    byte_level_backend.save(str(tmp_path / "tokenizer.json"))
+    size = byte_level_backend.get_vocab_size()
+    described = {size: added("<|call|>", True), size + 1: added("<tool>", False, lstrip=True), 2: added("</s>", True)}
+    config = {"added_tokens_decoder": described, "eos_token": "</s>", "bos_token": "he", "tokenizer_class": CLASS}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "a <tool>b<|call|> he</s>"
+    assert ours.encode(text) == theirs.encode(text)
+    for skip in (True, False):
+        assert ours.decode(ours.encode(text), skip) == theirs.decode(theirs.encode(text), skip_special_tokens=skip)
+
+
+CLASS = "PreTrainedTokenizerFast"
+PIECES = ["<unk>", "<s>", "</s>", "\u2581", "h", "i", "\u2581h", "hi", "\u2581hi"]
+
+
+def sentencepiece(prepends):
+    merges = [("\u2581", "h"), ("h", "i"), ("\u2581h", "i")]
+    vocabulary = {piece: token_id for token_id, piece in enumerate(PIECES)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True))
+    if prepends:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return backend
+
+
+@pytest.mark.parametrize("prefix", [{}, {"add_prefix_space": True}, {"add_prefix_space": False}])
+@pytest.mark.parametrize("kind", ["prepend", "metaspace", "byte_level"])
+@pytest.mark.parametrize("general", [True, False])
+def test_spaces_in_front_of_texts(tmp_path, byte_level_backend, prefix, kind, general):
+    from transformers import AutoTokenizer
+
+    byte_level = kind == "byte_level"
+    backend = byte_level_backend if byte_level else sentencepiece(kind == "prepend")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    own = "GPT2Tokenizer" if byte_level else "LlamaTokenizerFast"
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>" if byte_level else "<unk>"}
+    config = {**special, **prefix, "tokenizer_class": CLASS if general else own}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("hi hi", "hihi"):
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)

@@ -97,8 +97,24 @@ def test_folder(tmp_path, byte_level_backend):
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.chat_template) == (0, {1, 2}, "D")
     assert tokenizer.encode("a")[0] == 0
+    assert tokenizer.named_templates == {"tool_use": "T"}
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "from JSON"}))
+    assert load_tokenizer(tmp_path).chat_template == "from JSON"
     (tmp_path / "chat_template.jinja").write_text("from the file")
-    assert load_tokenizer(tmp_path).chat_template == "from the file"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("R")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.chat_template == "from the file"
+    assert tokenizer.named_templates == {"tool_use": "T", "rag": "R"}
+
+
+def test_a_bos_that_is_written_in_the_text_is_not_doubled(byte_level_backend):
+    for add_bos in (False, True):
+        backend = type(byte_level_backend).from_str(byte_level_backend.to_str())
+        if not add_bos:
+            backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer = Tokenizer(TokenizerContents(backend=backend, bos_id=0, add_bos=add_bos))
+        assert tokenizer.encode("<s>Paris") == tokenizer.encode("Paris")
 
 
 def test_end_ids_without_a_generation_config(tmp_path, byte_level_backend):
@@ -123,6 +139,7 @@ def test_broken_files_are_named(tmp_path, byte_level_backend):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ConfigError, match="tokenizer_config"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)

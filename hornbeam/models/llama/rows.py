@@ -6,7 +6,7 @@ A difference that a config states by itself (sizes, rotary settings, biases by t
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["separate", "fused", "grouped"]  # of a checkpoint's projections; see `weights`
+Layout = Literal["separate", "fused", "fused_up", "grouped"]  # of a checkpoint's projections; see `weights`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +19,7 @@ class Row:
     qk_norm: Literal["none", "head", "whole"] = "none"
     post_norm: bool = False
     multipliers: bool = False  # of embeddings, residuals, attention and logits, by the config
+    paired_rotation: bool = False  # rows of queries and keys are ordered for a rotation of neighbours
     plain_layer_interval: int | None = None  # each so-many-th layer rotates nothing
     window_switch: str | None = None  # the config's sliding_window counts only where this switch is on
 
@@ -33,7 +34,12 @@ ROWS: dict[str, Row] = {
     "GraniteForCausalLM": Row(multipliers=True),
     "Olmo2ForCausalLM": Row(qk_norm="whole", post_norm=True),
     "InternLM2ForCausalLM": Row(layout="grouped"),
-    "gguf:llama": Row(),
+    "gguf:llama": Row(paired_rotation=True),
     "gguf:qwen2": Row(qkv_bias=True),
     "gguf:qwen3": Row(qk_norm="head"),
+    "gguf:smollm3": Row(plain_layer_interval=4, paired_rotation=True),
+    "gguf:phi3": Row(layout="fused_up"),
+    "gguf:granite": Row(multipliers=True, paired_rotation=True),
+    "gguf:olmo2": Row(qk_norm="whole", post_norm=True),
+    "gguf:internlm2": Row(paired_rotation=True),
 }

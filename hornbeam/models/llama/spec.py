@@ -25,6 +25,7 @@ class LlamaConfig(ModelConfig):
     """Sizes and switches of one model of the family."""
 
     layout: Layout  # of the checkpoint's projections
+    paired_rotation: bool  # of the checkpoint's queries and keys
     intermediate_size: int
     rms_norm_eps: float
     rope: RopeSettings
@@ -75,6 +76,7 @@ class LlamaFamily:
             dtype=read.dtype(),
             attention_scale=multiplier.get("attention_multiplier"),
             layout=row.layout,
+            paired_rotation=row.paired_rotation,
             intermediate_size=read.size("intermediate_size"),
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
             rope=rope,

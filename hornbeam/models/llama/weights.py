@@ -1,7 +1,8 @@
 """Which checkpoint tensor fills which parameter. Names are Hugging Face's; GGUF files arrive under the same ones.
 
 Layouts of a checkpoint's projections: "separate" (one tensor each), "fused" (queries, keys and values in one, gate and
-up in another), "grouped" (queries, keys and values in one, key-value head by head, under names of their own).
+up in another), "fused_up" (the same, where gate and up go by the name of up), "grouped" (queries, keys and values in
+one, key-value head by head, under names of their own).
 """
 
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ _NAMES: dict["Layout", _Names] = {
             "self_attn.qkv_proj": ("attention.qkv", None),
             "self_attn.o_proj": ("attention.output", 0),
             "mlp.gate_up_proj": ("mlp.gate_up", None),
+            "mlp.down_proj": ("mlp.down", 0),
+        }
+    ),
+    "fused_up": _Names(
+        {
+            "self_attn.qkv_proj": ("attention.qkv", None),
+            "self_attn.o_proj": ("attention.output", 0),
+            "mlp.up_proj": ("mlp.gate_up", None),
             "mlp.down_proj": ("mlp.down", 0),
         }
     ),
@@ -96,6 +105,6 @@ def _place(config: "LlamaConfig", parameter: str, source: str, part: int | None)
         heads, head_dim = config.num_kv_heads, config.head_dim
         return Placement(parameter=parameter, part=part, transform="ungroup_heads", heads=heads, head_dim=head_dim)
     permuted = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}
-    if source in permuted and config.architecture == "gguf:llama":
+    if source in permuted and config.paired_rotation:
         return Placement(parameter=parameter, part=part, transform="unpermute_heads", heads=permuted[source])
     return Placement(parameter=parameter, part=part)

@@ -16,3 +16,4 @@ class TokenizerContents:
     eos_ids: frozenset[int] = frozenset()
     add_bos: bool = False  # an encoded text starts with BOS, even where `backend` does not see to it
     chat_template: str | None = None
+    named_templates: Mapping[str, str] = field(default_factory=dict)  # further ones: "tool_use", "rag", ...

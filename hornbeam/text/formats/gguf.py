@@ -1,7 +1,8 @@
 """Builds a tokenizer from the metadata of a GGUF file.
 
-Two kinds are known: byte-level BPE ("gpt2"), whose files name a pre-tokenizer and leave its rules to the reader
-(`_PRE_TOKENIZERS` holds those we know), and SentencePiece's BPE ("llama"), whose files hold a score for each piece.
+Three kinds are known: byte-level BPE ("gpt2"), whose files name a pre-tokenizer and leave its rules to the reader
+(`_PRE_TOKENIZERS` holds those we know), SentencePiece's BPE ("llama"), whose files hold a score for each piece, and
+WordPiece ("bert"), whose files mark the pieces that begin a word.
 Knows nothing of the file's layout or tensors.
 """
 
@@ -9,13 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from hornbeam.core.errors import ConfigError
 from hornbeam.text.formats.contents import TokenizerContents
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
-_SPACE = "\u2581"  # how SentencePiece writes a space
+_SPACE = "\u2581"  # how SentencePiece writes a space, and WordPiece's files the start of a word
 
 # How text splits into words: contractions, letters, numbers (as filled in), punctuation, line ends, spaces
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -33,6 +34,8 @@ _SPECIAL_TOKENS = {
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
+    "cls_token": "cls_token_id",
+    "sep_token": "seperator_token_id",  # so it is spelt there
 }
 _EOS_ENTRIES = ("eos_token_id", "eot_token_id", "eom_token_id")  # end of sequence, of turn, of message
 
@@ -100,9 +103,10 @@ def read_metadata(metadata: Mapping[str, Any]) -> TokenizerContents:
         ConfigError: an entry is missing, or names a tokenizer model or pre-tokenizer that is not implemented.
     """
     model = _required(metadata, "model")
-    if model not in ("gpt2", "llama"):
+    if model not in ("gpt2", "llama", "bert"):
         raise ConfigError(
-            f"GGUF tokenizer model {model!r} is not supported; 'gpt2' (byte-level BPE) and 'llama' (SentencePiece) are"
+            f"GGUF tokenizer model {model!r} is not supported; 'gpt2' (byte-level BPE), 'llama' (SentencePiece) and "
+            "'bert' (WordPiece) are"
         )
     tokens = [str(token) for token in _required(metadata, "tokens")]
     special_ids = {name: _token_id(metadata, entry, tokens) for name, entry in _SPECIAL_TOKENS.items()}
@@ -110,15 +114,22 @@ def read_metadata(metadata: Mapping[str, Any]) -> TokenizerContents:
     if model == "gpt2":
         pre = _pre_tokenizer(metadata)
         backend, add_bos = _byte_level_backend(metadata, tokens, pre), pre.add_bos
-    else:
+    elif model == "llama":
         backend, add_bos = _sentencepiece_backend(metadata, tokens, special_ids["unk_token"]), True
+    else:
+        backend, add_bos = _wordpiece_backend(metadata, tokens, special_ids), False
     return TokenizerContents(
         backend=backend,
         special_tokens={name: tokens[token_id] for name, token_id in special_ids.items() if token_id is not None},
         bos_id=special_ids["bos_token"],
         eos_ids=frozenset(token_id for token_id in eos_ids if token_id is not None),
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
+        add_bos=add_bos if model == "bert" else bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
         chat_template=metadata.get("tokenizer.chat_template"),
+        named_templates={
+            name: metadata[key]
+            for name in metadata.get("tokenizer.chat_templates", ())
+            if (key := f"tokenizer.chat_template.{name}") in metadata
+        },
     )
 
 
@@ -185,16 +196,40 @@ def _merges(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs if left in pieces and right in pieces]
 
 
+def _wordpiece_backend(
+    metadata: Mapping[str, Any], tokens: list[str], special_ids: Mapping[str, int | None]
+) -> Tokenizer:
+    """Words in lower case without accents, cut into the longest pieces; a text stands between CLS and SEP."""
+    unknown, end = special_ids["unk_token"], special_ids["sep_token"]
+    start = special_ids["cls_token"] if special_ids["cls_token"] is not None else special_ids["bos_token"]
+    if unknown is None or start is None or end is None:
+        raise ConfigError("the GGUF file's WordPiece tokenizer lacks the id of its unknown, CLS or SEP token")
+    special = {*_added_tokens(tokens, metadata.get("tokenizer.ggml.token_type", ()), _CONTROL), tokens[unknown]}
+    pieces = [
+        token if token in special else token[1:] if token.startswith(_SPACE) else f"##{token}" for token in tokens
+    ]
+    vocabulary = {piece: token_id for token_id, piece in enumerate(pieces)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token=tokens[unknown]))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    framed = f"{tokens[start]} $A {tokens[end]}"
+    backend.post_processor = processors.TemplateProcessing(
+        single=framed, special_tokens=[(tokens[start], start), (tokens[end], end)]
+    )
+    return _with_added_tokens(backend, metadata, tokens)
+
+
 def _with_added_tokens(backend: Tokenizer, metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
     types = metadata.get("tokenizer.ggml.token_type", ())
-    backend.add_special_tokens(_added_tokens(tokens, types, _CONTROL, special=True))
-    backend.add_tokens(_added_tokens(tokens, types, _USER_DEFINED, special=False))
+    controls, own = (_added_tokens(tokens, types, kind) for kind in (_CONTROL, _USER_DEFINED))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in controls])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in own])
     return backend
 
 
-def _added_tokens(tokens: list[str], types: Any, kind: int, *, special: bool) -> list[AddedToken | str]:
-    added = (token for token, token_type in zip(tokens, types, strict=False) if token_type == kind)
-    return [AddedToken(token, special=special, normalized=False) for token in added]
+def _added_tokens(tokens: list[str], types: Any, kind: int) -> list[str]:
+    return [token for token, token_type in zip(tokens, types, strict=False) if token_type == kind]
 
 
 def _required(metadata: Mapping[str, Any], entry: str) -> Any:

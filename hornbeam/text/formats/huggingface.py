@@ -1,7 +1,8 @@
 """Reads the tokenizer of a Hugging Face model folder.
 
 Knows the files `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`,
-`config.json` and `chat_template.jinja`. Slow tokenizers (SentencePiece models, Python code) are refused.
+`config.json`, `chat_template.jinja`, `chat_template.json` and those in `additional_chat_templates/`. Slow tokenizers
+(SentencePiece models, Python code) are refused.
 """
 
 import json
@@ -10,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken
 
 from hornbeam.core.errors import ConfigError
 from hornbeam.text.formats.contents import TokenizerContents
 
 _BACKEND_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
+_DEFAULT_TEMPLATE = "default"
+_GENERAL_CLASSES = (None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 
 
 def read_folder(folder: Path) -> TokenizerContents:
@@ -28,16 +33,21 @@ def read_folder(folder: Path) -> TokenizerContents:
     backend_path = folder / _BACKEND_FILE
     if not backend_path.is_file():
         raise ConfigError(_missing(folder))
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(backend_path))
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-        raise ConfigError(f"cannot read {backend_path}: {error}") from error
-    config = _read_json(folder / "tokenizer_config.json")
+    config = _read_json(folder / _CONFIG_FILE)
     special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json")) | _special_tokens(config)
+    try:
+        backend = _with_prefix_space(tokenizers.Tokenizer.from_file(str(backend_path)), config)
+    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+        raise ConfigError(f"cannot read {backend_path}: {error}; download it again") from error
+    try:
+        _add_tokens(backend, config, special_tokens)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"cannot read added_tokens_decoder in {folder / _CONFIG_FILE}: {error}") from error
     bos_id, eos_id = (
         backend.token_to_id(special_tokens[name]) if name in special_tokens else None
         for name in ("bos_token", "eos_token")
     )
+    templates = _chat_templates(folder, config)
     return TokenizerContents(
         backend=backend,
         special_tokens=special_tokens,
@@ -46,7 +56,8 @@ def read_folder(folder: Path) -> TokenizerContents:
         # Some models state BOS here and leave it out of tokenizer.json. Otherwise tokenizer.json decides, as it does
         # in transformers.
         add_bos=config.get("add_bos_token") is True,
-        chat_template=_chat_template(folder, config),
+        chat_template=templates.pop(_DEFAULT_TEMPLATE, next(iter(templates.values()), None)),
+        named_templates=templates,
     )
 
 
@@ -65,9 +76,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        raise ConfigError(f"cannot read {path}: {error}; download it again") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"cannot read {path}: it must hold a JSON object")
+        raise ConfigError(f"cannot read {path}: it must hold a JSON object; download it again")
     return value
 
 
@@ -78,21 +89,70 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
+def _with_prefix_space(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """`add_prefix_space` as transformers' classes for single kinds of tokenizers obey it; the general one does not."""
+    wanted = config.get("add_prefix_space")
+    if not isinstance(wanted, bool) or config.get("tokenizer_class") in _GENERAL_CLASSES:
+        return backend
+    state = json.loads(backend.to_str())
+    splitters, normalizers = state["pre_tokenizer"] or {}, state["normalizer"] or {}
+    for step in splitters.get("pretokenizers", [splitters]):
+        if step.get("type") == "ByteLevel":
+            step["add_prefix_space"] = wanted
+        elif step.get("type") == "Metaspace" and not wanted:
+            step["prepend_scheme"] = "never"
+    for step in normalizers.get("normalizers", [normalizers]):
+        if step.get("type") == "Prepend" and not wanted:
+            step["prepend"] = ""
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
+    """What the config describes beyond tokenizer.json, or otherwise, and special tokens that are plain words there."""
+    described = {
+        int(token_id): AddedToken(**{name: value for name, value in entry.items() if name != "__type"})
+        for token_id, entry in config.get("added_tokens_decoder", {}).items()
+    }
+    known = backend.get_added_tokens_decoder()
+    added = [token for token_id, token in sorted(described.items()) if repr(known.get(token_id)) != repr(token)]
+    contents = {token.content for token in (*known.values(), *added)}
+    added += [
+        AddedToken(text, special=True, normalized=False)
+        for text in dict.fromkeys(special_tokens.values())
+        if text not in contents
+    ]
+    backend.add_tokens(added)
+
+
 def _generation_eos_ids(folder: Path) -> frozenset[int]:
     for file in ("generation_config.json", "config.json"):
         eos = _read_json(folder / file).get("eos_token_id")
         if eos is not None:
-            return frozenset(eos if isinstance(eos, list) else [eos])
+            ids = eos if isinstance(eos, list) else [eos]
+            if not all(isinstance(token_id, int) for token_id in ids):
+                raise ConfigError(f"eos_token_id in {folder / file} must be a token id or a list of such, not {eos!r}")
+            return frozenset(ids)
     return frozenset()
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template file, else the config's entry; of several named templates the default, else the first."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """By name, the default one as "default". Files of their own win over entries of the config."""
+    named: dict[Any, Any] = {}
+    for entry in (config.get("chat_template"), _read_json(folder / "chat_template.json").get("chat_template")):
+        if isinstance(entry, list):
+            named |= {item.get("name"): item.get("template") for item in entry if isinstance(item, dict)}
+        elif entry is not None:
+            named[_DEFAULT_TEMPLATE] = entry
+    for path in (*sorted(folder.glob("additional_chat_templates/*.jinja")), folder / "chat_template.jinja"):
+        if path.is_file():
+            named[_DEFAULT_TEMPLATE if path.parent == folder else path.stem] = _read_text(path)
+    if not all(isinstance(text, str) for item in named.items() for text in item):
+        raise ConfigError(f"a chat template in {folder} is no text; download it again")
+    return named
+
+
+def _read_text(path: Path) -> str:
+    try:
         return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default", next(iter(named.values()), None))
-    return template
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}; download it again") from error
