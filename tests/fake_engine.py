@@ -16,7 +16,7 @@ from hornbeam.config.components import CacheOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.plan import StepPlan, StepResult
-from hornbeam.core.request import TokenLogprobs
+from hornbeam.core.request import LogprobOptions, TokenLogprobs
 from hornbeam.engine.envelope import Ready
 from hornbeam.engine.loop import Built
 from hornbeam.scheduler.scheduler import Scheduler
@@ -77,6 +77,7 @@ class FakeExecutor:
         self.fail_launch = False
         self.num_launched = 0
         self._last: dict[int, int] = {}
+        self._logprobs: dict[int, LogprobOptions | None] = {}
         self._free_at = 0.0
 
     def launch(self, plan: StepPlan) -> FakeStep:
@@ -84,25 +85,40 @@ class FakeExecutor:
         if self.fail_launch:
             self.fail_launch = False
             raise RuntimeError("no launch today")
+        for start in plan.starts:
+            self._logprobs[start.slot] = start.logprobs
         for chunk in plan.chunks:
             self._last[chunk.slot] = chunk.token_ids[-1]
-        ids = []
-        for slot in (*plan.decode, *(chunk.slot for chunk in plan.chunks if chunk.samples)):
+        ids, logprobs = [], []
+        for slot in plan.sampling_slots:
             self._last[slot] = next_id(self._last[slot])
             ids.append(self._last[slot])
-        logprobs = ()
-        if plan.top_logprobs >= 0:
-            logprobs = tuple((self._logprobs(token_id, plan.top_logprobs),) for token_id in ids)
+            options = self._logprobs[slot]
+            logprobs.append(() if options is None else (self._score(ids[-1], options),))
+        scores = tuple(
+            tuple(self._score(token_id, self._logprobs[chunk.slot]) for token_id in chunk.scored_ids)
+            for chunk in plan.chunks
+            if chunk.scored_ids
+        )
         self._free_at = max(self._free_at, time.monotonic()) + self.step_seconds
         return FakeStep(
-            answer=StepResult(step_id=plan.step_id, token_ids=tuple((i,) for i in ids), logprobs=logprobs),
+            answer=StepResult(
+                step_id=plan.step_id,
+                token_ids=tuple((i,) for i in ids),
+                logprobs=tuple(logprobs),
+                input_logprobs=scores,
+            ),
             done_at=self._free_at,
             tokens=frozenset(token_id for chunk in plan.chunks for token_id in chunk.token_ids),
         )
 
     @staticmethod
-    def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
-        return TokenLogprobs(chosen=-0.5, top=tuple((token_id + i, -0.5 - i) for i in range(num_top)))
+    def _score(token_id: int, options: LogprobOptions) -> TokenLogprobs:
+        return TokenLogprobs(
+            chosen=-0.5,
+            top=tuple((token_id + i, -0.5 - i) for i in range(options.num_top)),
+            asked=tuple(-float(i) for i in options.token_ids),
+        )
 
 
 def build(user: Mapping[str, Any]) -> Built:

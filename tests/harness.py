@@ -9,7 +9,7 @@ import torch
 from hornbeam.config.flags import check_flags
 from hornbeam.config.resolve import resolve_engine
 from hornbeam.core.plan import Chunk, PageGrant, SlotStart, StepPlan
-from hornbeam.core.request import SamplingParams
+from hornbeam.core.request import LogprobOptions, SamplingParams
 from hornbeam.executor.build import build_executor
 from hornbeam.executor.executor import Executor
 from hornbeam.models.index import find_family
@@ -18,6 +18,7 @@ from hornbeam.scheduler.scheduler import Scheduler
 from hornbeam.weights.checkpoint import open_checkpoint
 
 GREEDY = SamplingParams(temperature=0)
+EVERYTHING = LogprobOptions(num_top=2**30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class Sequence:
     def prefill(self, ids: list[int], chunk_size: int | None = None) -> dict[int, float]:
         """Run the prompt in chunks; the logprobs of all ids after it."""
         size = chunk_size or len(ids)
-        start = SlotStart(slot=self._slot, num_cached=0, sampling=GREEDY, seed=0)
+        start = SlotStart(slot=self._slot, num_cached=0, sampling=GREEDY, seed=0, logprobs=EVERYTHING)
         grant = PageGrant(slot=self._slot, group=0, first=0, page_ids=self._pages)
         logprobs: dict[int, float] = {}
         for begin in range(0, len(ids), size):
@@ -81,7 +82,7 @@ class Sequence:
 
     def _run(self, **fields: Any) -> dict[int, float]:
         self._step_id += 1
-        result = self._executor.launch(StepPlan(step_id=self._step_id, top_logprobs=2**30, **fields)).result()
+        result = self._executor.launch(StepPlan(step_id=self._step_id, **fields)).result()
         return dict(result.logprobs[0][0].top) if result.logprobs else {}
 
 

@@ -9,7 +9,7 @@ samples yields one entry of `StepResult.token_ids`: every decode row does, a chu
 
 from dataclasses import dataclass
 
-from hornbeam.core.request import SamplingParams, TokenLogprobs
+from hornbeam.core.request import LogprobOptions, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,11 @@ class SlotStart:
     num_cached: int
     sampling: SamplingParams
     seed: int  # the request's own, or drawn by the scheduler: never None
+    banned_ids: tuple[int, ...] = ()  # not to be chosen for positions below `banned_until`
+    banned_until: int = 0
+    prompt_ids: tuple[int, ...] = ()  # for penalties, and only with them; nor would the tokens in the cache be known
+    generated_ids: tuple[int, ...] = ()  # likewise: before the request was retracted
+    logprobs: LogprobOptions | None = None
     adapter_slot: int = 0  # 0: no adapter
 
 
@@ -50,6 +55,8 @@ class Chunk:
     start: int
     token_ids: tuple[int, ...]
     samples: bool  # the prompt ends here: sample the first new token
+    scored_ids: tuple[int, ...] = ()  # the prompt's tokens whose logprobs are wanted, given those before them
+    first_scored: int = 0  # position of the first one; its logits come from the row before it, which is in the chunk
     embed_spans: tuple[tuple[int, int], ...] = ()  # position ranges whose embeddings are given, not looked up
 
 
@@ -82,12 +89,16 @@ class StepPlan:
     decode_lens: tuple[int, ...] = ()  # upper bound of each one's length after the step
     shared: tuple[SharedPrefix, ...] = ()  # each decode row is in one of them at most
     chunks: tuple[Chunk, ...] = ()
-    top_logprobs: int = -1  # -1: none; 0: of the chosen token; n: and of the n likeliest
     drafts: tuple[DraftTree, ...] = ()
     collect: tuple[str, ...] = ()  # what to return besides ids: "hidden", "routed_experts"
     padded_tokens: int = 0  # agreed among data-parallel ranks; 0: the executor's choice
     idle: bool = False  # a step only to keep collectives in step with other ranks
     weight_version: int = 0
+
+    @property
+    def sampling_slots(self) -> tuple[int, ...]:
+        """Of the rows that sample, in the order of the result's `token_ids`."""
+        return self.decode + tuple(chunk.slot for chunk in self.chunks if chunk.samples)
 
     @property
     def num_samples(self) -> int:
@@ -106,5 +117,6 @@ class StepResult:
 
     step_id: int
     token_ids: tuple[tuple[int, ...], ...]
-    logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()  # like token_ids; empty if the plan asked for none
+    logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()  # like token_ids, () for rows that want none; () if none does
+    input_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()  # for each chunk with `scored_ids`, of those
     error: str | None = None  # the step failed: nothing it wrote is valid

@@ -132,10 +132,19 @@ class Frontend:
         for index, (request, rid, prompt_ids) in enumerate(zip(requests, rids, prompts, strict=True)):
             session = TextSession(self.tokenizer, request.text_options) if self.tokenizer else None
             key = f"{rid}#{next(self._numbers)}"
-            stream.requests.append(
-                InFlight(key=key, rid=rid, index=index, request=request, session=session, stream=stream)
-            )
             submitted.append(self._engine_request(key, prompt_ids, request))
+            submitted[-1].check_ids(facts.vocab_size)
+            stream.requests.append(
+                InFlight(
+                    key=key,
+                    rid=rid,
+                    index=index,
+                    prompt_ids=prompt_ids,
+                    request=request,
+                    session=session,
+                    stream=stream,
+                )
+            )
         self._engine.send(Submit(tuple(submitted)))
         if not self._in_flight:
             self._last_heard = time.monotonic()
@@ -185,8 +194,6 @@ class Frontend:
             ids, field = await self._encode(request.text, request.add_special_tokens), "text"
         if not ids:
             raise BadRequest("the prompt is empty", field)
-        if not 0 <= min(ids) <= max(ids) < facts.vocab_size:
-            raise BadRequest(f"prompt token ids must be at least 0 and below {facts.vocab_size}", field)
         room = facts.context_len - (request.sampling.max_new_tokens != 0)
         if len(ids) > room:
             raise BadRequest(
@@ -198,7 +205,7 @@ class Frontend:
             if facts.facts.get("abort_on_priority_when_disabled"):
                 raise Overloaded("priorities do not count on this server (--enable-priority-scheduling)")
             _log_priority_ignored()
-        if request.text_options.stop and self.tokenizer is None:
+        if request.text_options.stops and self.tokenizer is None:
             raise BadRequest("stop strings need a tokenizer, and this server has none; use stop_token_ids", "stop")
         return ids
 
@@ -231,8 +238,7 @@ class Frontend:
             if request.priority is None
             else request.priority,
             routing_key=request.routing_key,
-            return_logprob=request.return_logprob,
-            top_logprobs=request.top_logprobs,
+            logprobs=request.logprobs,
         )
 
     def _abort(self, entries: Sequence[InFlight]) -> None:

@@ -5,11 +5,12 @@ Knows no HTTP and no transport.
 """
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hornbeam.core.errors import BadRequest, HornbeamError, Overloaded
-from hornbeam.core.request import Finish, RequestOutput, SamplingParams, TokenLogprobs
+from hornbeam.core.request import Finish, LogprobOptions, RequestOutput, SamplingParams, TokenLogprobs
 from hornbeam.text.session import TextOptions, TextSession
 
 
@@ -26,11 +27,34 @@ class GenerationRequest:
     namespace: str = ""
     priority: int | None = None  # None: the server's default
     routing_key: str | None = None
-    return_logprob: bool = False
-    top_logprobs: int = 0
+    logprobs: LogprobOptions | None = None
     stream_interval: int | None = (
         None  # tokens between two deltas, the first comes at once; None: one delta, at the end
     )
+
+
+def siblings(request: GenerationRequest, num: int) -> tuple[GenerationRequest, ...]:
+    """`num` generations for one prompt, which differ in their seeds; the prefix cache lets them share the prompt.
+
+    With a seed of its own a sibling repeats what a request with that seed alone would give: the i-th one's is
+    `seed + i`. An id is numbered through.
+    """
+    if num == 1:
+        return (request,)
+    seed, rid = request.sampling.seed, request.rid
+    return tuple(
+        dataclasses.replace(
+            request,
+            rid=None if rid is None else f"{rid}_{index}",
+            sampling=dataclasses.replace(request.sampling, seed=None if seed is None else _wrapped(seed + index)),
+        )
+        for index in range(num)
+    )
+
+
+def _wrapped(seed: int) -> int:
+    """As 64 bits hold it."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +65,7 @@ class Delta:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
+    input_logprobs: tuple[TokenLogprobs, ...]  # of the prompt: see RequestOutput
     finish: Finish | None
     num_prompt: int
     num_cached: int
@@ -99,28 +124,39 @@ class InFlight:
     """One request, from submission until its end."""
 
     def __init__(
-        self, *, key: str, rid: str, index: int, request: GenerationRequest, session: TextSession | None, stream: Stream
+        self,
+        *,
+        key: str,
+        rid: str,
+        index: int,
+        prompt_ids: tuple[int, ...],
+        request: GenerationRequest,
+        session: TextSession | None,
+        stream: Stream,
     ) -> None:
         self.key = key  # the engine's id for it: never used twice, as news of an aborted request may come late
         self.rid = rid
+        self.prompt_ids = prompt_ids
         self.done = False
         self._index = index
         self._session = session
         self._stream = stream
         self._interval = request.stream_interval
         # Ids become text when they come, if somebody waits for it or it may end the request; else once, at the end.
-        self._feeds = session is not None and (self._interval is not None or bool(request.text_options.stop))
+        self._feeds = session is not None and (self._interval is not None or request.text_options.stops)
         self._num_generated = self._num_told = 0
         # What the next delta will hold:
         self._text = ""
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._input_logprobs: list[TokenLogprobs] = []
 
     def push(self, output: RequestOutput) -> int | None:
         """Take news. If a stop string ends the request while the engine still runs it: the tokens to keep."""
         self._num_generated = output.num_generated
         self._token_ids += output.token_ids
         self._logprobs += output.logprobs
+        self._input_logprobs += output.input_logprobs
         finish = output.finish
         if finish is not None and finish.status is not None:
             self.fail(_error(finish))
@@ -165,6 +201,7 @@ class InFlight:
                 text=self._text,
                 token_ids=tuple(self._token_ids),
                 logprobs=tuple(self._logprobs),
+                input_logprobs=tuple(self._input_logprobs),
                 finish=finish,
                 num_prompt=output.num_prompt,
                 num_cached=output.num_cached,
@@ -176,6 +213,7 @@ class InFlight:
         self._text = ""
         self._token_ids.clear()
         self._logprobs.clear()
+        self._input_logprobs.clear()
 
 
 def _error(finish: Finish) -> HornbeamError:

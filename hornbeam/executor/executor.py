@@ -6,17 +6,20 @@ and alternates: a lane each.
 """
 
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from hornbeam.cache.pool import CachePool
 from hornbeam.core.plan import Chunk, StepPlan, StepResult
+from hornbeam.core.request import TokenLogprobs
 from hornbeam.executor.graphs import DecodeGraphs
 from hornbeam.executor.runner import NUM_LANES, Runner
 from hornbeam.executor.state import Batch, SlotState
 from hornbeam.platforms.contract import Pending, Platform
-from hornbeam.sampling.sampler import Sampler, read_logprobs
+from hornbeam.sampling.logprobs import RowLogprobs
+from hornbeam.sampling.sampler import Sampled, Sampler
 
 
 class Executor:
@@ -62,29 +65,50 @@ class Executor:
         num_rows = graphs.padded(plan) if graphs else len(plan.decode)
         batch = self._state.apply(plan, num_rows, lambda host: self._platform.upload(host, lane))
         decode_lens = self._state.lens[batch.decode_slots] + 1
-        logits = graphs.replay(lane, plan, batch) if graphs else self._runner.run(lane, plan, batch)
+        if graphs:
+            logits, scores = graphs.replay(lane, plan, batch), None
+        else:
+            hidden = self._runner.run(lane, plan, batch)
+            logits, scores = self._runner.logits(hidden, batch), self._score(plan, batch, hidden)
         self._state.advance(
             torch.cat((batch.decode_slots, batch.chunk_slots)), torch.cat((decode_lens, batch.chunk_ends))
         )
-        if not plan.num_samples:
-            return lambda: StepResult(step_id=plan.step_id, token_ids=())
-        return self._sample(plan, batch, logits, decode_lens)
+        sampled = self._sample(plan, batch, logits, decode_lens) if plan.num_samples else None
+        return lambda: _result(plan, sampled, scores)
 
-    def _sample(self, plan: StepPlan, batch: Batch, logits: Tensor, decode_lens: Tensor) -> Callable[[], StepResult]:
+    def _sample(self, plan: StepPlan, batch: Batch, logits: Tensor, decode_lens: Tensor) -> Sampled:
         """Choose ids, remember them on the device, and start their way to the host."""
         slots = torch.cat((batch.decode_slots, batch.sample_slots))
         positions = torch.cat((decode_lens, batch.sample_positions))
-        host_slots = plan.decode + tuple(chunk.slot for chunk in plan.chunks if chunk.samples)
-        sampled = self._sampler.sample(logits, slots, positions, host_slots, plan.top_logprobs)
+        sampled = self._sampler.sample(logits, slots, positions, plan.sampling_slots, batch.logprob_rows)
         self._state.last_ids[slots] = sampled.ids
-        on_host = sampled.download()
+        return sampled.download()
 
-        def finish() -> StepResult:
-            ids = on_host.ids.tolist()[: plan.num_samples]
-            logprobs = read_logprobs(on_host, plan.num_samples)
-            return StepResult(step_id=plan.step_id, token_ids=tuple((i,) for i in ids), logprobs=logprobs)
+    def _score(self, plan: StepPlan, batch: Batch, hidden: Tensor) -> RowLogprobs | None:
+        """Logprobs of the prompts' tokens that are wanted, on their way to the host."""
+        host_slots = [chunk.slot for chunk in plan.chunks for _ in chunk.scored_ids]
+        if not host_slots:
+            return None
+        model = self._runner.model
+        return self._sampler.score(
+            lambda rows: model.logits(hidden[rows]), batch.score_rows, batch.score_ids, batch.score_slots, host_slots
+        ).download()
 
-        return finish
+
+def _result(plan: StepPlan, sampled: Sampled | None, scores: RowLogprobs | None) -> StepResult:
+    """What was downloaded, as plain numbers. Rows of one chunk, and rows that want logprobs, stand in plan order."""
+    ids: list[int] = [] if sampled is None else sampled.ids.tolist()[: plan.num_samples]
+    logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
+    if sampled is not None and sampled.logprobs is not None:
+        by_row = dict(zip(sampled.logprob_rows, sampled.logprobs.read(), strict=True))
+        logprobs = tuple((by_row[row],) if row in by_row else () for row in range(plan.num_samples))
+    entries = iter([] if scores is None else scores.read())
+    return StepResult(
+        step_id=plan.step_id,
+        token_ids=tuple((i,) for i in ids),
+        logprobs=logprobs,
+        input_logprobs=tuple(tuple(islice(entries, len(c.scored_ids))) for c in plan.chunks if c.scored_ids),
+    )
 
 
 def _refuse_unsupported(plan: StepPlan) -> None:

@@ -72,7 +72,7 @@ class Runner:
         return plan.shared if pays else None
 
     def run(self, lane: int, plan: StepPlan, batch: Batch) -> Tensor:
-        """Logits [R, V] of the rows that sample: the decode rows, then the last rows of chunks."""
+        """Hidden rows [B + T, H] of the step: the decode rows, then those of chunks."""
         num_decode = len(batch.decode_slots)
         slots = torch.cat((batch.decode_slots, batch.chunk_token_slots))
         decode_positions = self._state.lens[batch.decode_slots]
@@ -89,7 +89,11 @@ class Runner:
                 prefill = self._plan_prefill(lane, group, plan, batch)
             rows = self._state.cache_rows(group, slots, positions)
             groups.append(GroupForward(rows=rows, decode=decode, prefill=prefill))
-        hidden = self.model(ids, positions, self.forward(num_decode, groups))
+        return self.model(ids, positions, self.forward(num_decode, groups))
+
+    def logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Logits [R, V] of the rows that sample: the decode rows, then the last rows of chunks."""
+        num_decode = len(batch.decode_slots)
         return self.model.logits(torch.cat((hidden[:num_decode], hidden[batch.sample_rows])))
 
     def forward(self, num_decode: int, groups: Sequence[GroupForward]) -> Forward:

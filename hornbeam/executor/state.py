@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hornbeam.core.plan import StepPlan
+from hornbeam.core.plan import Chunk, StepPlan
 from hornbeam.sampling.sampler import Sampler
+
+_SAMPLER = "sampler."  # before the names of the sampler's parts in an upload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,10 @@ class Batch:
     sample_rows: Tensor  # [N]: among the step's B + T rows, the last of each chunk that samples
     sample_slots: Tensor  # [N]
     sample_positions: Tensor  # [N]: of the id to choose
+    logprob_rows: Tensor  # among the sampling rows, those that want logprobs
+    score_rows: Tensor  # [P]: among the step's B + T rows, those that score the token behind them
+    score_ids: Tensor  # [P]: these tokens
+    score_slots: Tensor  # [P]
 
 
 class SlotState:
@@ -55,8 +61,8 @@ class SlotState:
         if plan.starts:
             slots = parts.pop("starts")
             self.lens[slots] = parts.pop("cached")
-            floats = {name: parts.pop(name).view(torch.float64).float() for name in ("temperatures", "top_ps")}
-            self._sampler.start(slots, seeds=parts.pop("seeds"), top_ks=parts.pop("top_ks"), **floats)
+            ours = [name for name in parts if name.startswith(_SAMPLER)]
+            self._sampler.start({name.removeprefix(_SAMPLER): parts.pop(name) for name in ours})
         for group in {grant.group for grant in plan.grants}:
             self.page_tables[group].view(-1)[parts.pop(f"entries{group}")] = parts.pop(f"pages{group}").int()
         return Batch(**parts)
@@ -74,9 +80,8 @@ class SlotState:
         if plan.starts:
             packing["starts"] = _integers([start.slot for start in plan.starts])
             packing["cached"] = _integers([start.num_cached for start in plan.starts])
-            seeds, temperatures, top_ks, top_ps = zip(*map(self._sampler.note, plan.starts), strict=True)
-            packing.update(seeds=_integers(seeds), top_ks=_integers(top_ks))
-            packing.update(temperatures=_float_bits(temperatures), top_ps=_float_bits(top_ps))
+            for name, array in self._sampler.pack(plan.starts).items():
+                packing[_SAMPLER + name] = array.reshape(-1).view(np.int64)
         max_pages = self.page_tables[0].shape[1]
         for group in {grant.group for grant in plan.grants}:
             grants = [grant for grant in plan.grants if grant.group == group]
@@ -100,12 +105,18 @@ class SlotState:
         packing["sample_rows"] = num_rows + row_ends[samples] - 1
         packing["sample_slots"] = slots[samples]
         packing["sample_positions"] = ends[samples]
+        packing["logprob_rows"] = _integers(self._sampler.rows_with_logprobs(plan.sampling_slots))
+        scored = [(chunk, num_rows + end) for chunk, end in zip(chunks, row_ends, strict=True) if chunk.scored_ids]
+        packing["score_rows"] = _integers([row for chunk, end in scored for row in _score_rows(chunk, end)])
+        packing["score_ids"] = _integers([token for chunk, _ in scored for token in chunk.scored_ids])
+        packing["score_slots"] = _integers([chunk.slot for chunk, _ in scored for _ in chunk.scored_ids])
 
 
 def _integers(values: Sequence[int]) -> np.ndarray:
     return np.array(values, dtype=np.int64)
 
 
-def _float_bits(values: Sequence[float]) -> np.ndarray:
-    """Floats travel in the integer upload as the bits of float64."""
-    return np.array(values, dtype=np.float64).view(np.int64)
+def _score_rows(chunk: Chunk, end: int) -> range:
+    """The rows before the tokens that `chunk` scores; `end`: the row behind its last one."""
+    first = end - len(chunk.token_ids) + chunk.first_scored - 1 - chunk.start
+    return range(first, first + len(chunk.scored_ids))

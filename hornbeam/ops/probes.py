@@ -89,8 +89,9 @@ class Probes:
 
     def sample(self, backend: Sample) -> None:
         """One row."""
-        temperatures = torch.ones(1, device=self._device)
-        backend.sample(self._zeros(1, 64), temperatures, self._integers(1), self._integers(1))
+        logits, ones, zeros = self._zeros(1, 64), torch.ones(1, device=self._device), self._integers(1)
+        backend.penalize(logits, zeros, self._integers(1, 64, dtype=torch.int32), ones, ones, ones)
+        backend.sample(logits, ones, zeros, zeros, backend.thresholds(logits, ones, zeros + 1, ones / 2, ones / 2))
         self._wait()
 
     def _pages(self) -> Tensor:

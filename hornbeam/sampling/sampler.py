@@ -1,103 +1,139 @@
-"""From logits to ids: temperature, top-k, top-p, Gumbel noise, logprobs. Owns the sampling tensors, by slot."""
+"""From logits to ids and logprobs. Owns the sampling tensors, by slot.
 
-from dataclasses import dataclass
+What no request of a batch asks for is not computed: the host knows which slots use what.
+"""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from hornbeam.core.plan import SlotStart
-from hornbeam.core.request import TokenLogprobs
+from hornbeam.core.request import LogprobOptions
 from hornbeam.ops.sample.contract import Sample
+from hornbeam.sampling.biases import Biases
+from hornbeam.sampling.logprobs import Logprobs, RowLogprobs
+from hornbeam.sampling.penalties import Penalties
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """R rows on the device: ids [R], and with logprobs the chosen ones [R] and the likeliest n [R, n]."""
+    """Ids of R rows, int64, and the logprobs of those rows that want any."""
 
     ids: Tensor
-    chosen: Tensor | None = None
-    top_ids: Tensor | None = None
-    top_logprobs: Tensor | None = None
+    logprob_rows: Sequence[int] = ()
+    logprobs: RowLogprobs | None = None
 
     def download(self) -> "Sampled":
         """The same on the CPU, without waiting: valid once the device has done what was enqueued so far."""
-        return Sampled(
-            ids=self.ids.to("cpu", non_blocking=True),
-            chosen=None if self.chosen is None else self.chosen.to("cpu", non_blocking=True),
-            top_ids=None if self.top_ids is None else self.top_ids.to("cpu", non_blocking=True),
-            top_logprobs=None if self.top_logprobs is None else self.top_logprobs.to("cpu", non_blocking=True),
-        )
+        logprobs = None if self.logprobs is None else self.logprobs.download()
+        return replace(self, ids=self.ids.to("cpu", non_blocking=True), logprobs=logprobs)
 
 
 class Sampler:
     """One row of parameters per slot; the last slot belongs to padding rows and is greedy."""
 
-    def __init__(self, num_slots: int, op: Sample, device: torch.device) -> None:
+    def __init__(self, num_slots: int, vocab_size: int, op: Sample, device: torch.device) -> None:
+        num_rows = num_slots + 1
         self._op = op
-        self._temperatures = torch.zeros(num_slots + 1, device=device)
-        self._top_ks = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
-        self._top_ps = torch.ones(num_slots + 1, device=device)
-        self._seeds = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
-        self._filtered: set[int] = set()  # slots that use top-k or top-p
+        # Temperature, top-p and min-p; the repetition, frequency and presence penalty.
+        neutral = torch.tensor((0.0, 1.0, 0.0, 1.0, 0.0, 0.0), device=device)
+        self._floats = neutral.unsqueeze(1).repeat(1, num_rows)
+        self._integers = torch.zeros((2, num_rows), dtype=torch.int64, device=device)  # seed and top-k
+        self._penalties = Penalties(num_rows, vocab_size, op, device)
+        self._biases = Biases(num_rows, device)
+        self._logprobs = Logprobs(num_rows, device)
+        # What the host knows: slots whose requests exclude tokens, have penalties or biases, want logprobs.
+        self._filtered: set[int] = set()
+        self._penalized: set[int] = set()
+        self._biased: set[int] = set()
+        self._options: dict[int, LogprobOptions] = {}
 
-    def note(self, start: SlotStart) -> tuple[int, float, int, float]:
-        """Remember on the host what `start` needs; the numbers to upload: seed, temperature, top_k, top_p."""
-        params = start.sampling
-        filtered = not params.greedy and (params.top_k > 0 or params.top_p < 1)
-        (self._filtered.add if filtered else self._filtered.discard)(start.slot)
-        return start.seed, 0.0 if params.greedy else params.temperature, max(params.top_k, 0), params.top_p
+    def pack(self, starts: Sequence[SlotStart]) -> dict[str, np.ndarray]:
+        """Remember on the host what the requests that start use; what `start` must be given, all 64 bits wide."""
+        for users in (self._filtered, self._penalized, self._biased):
+            users.difference_update(start.slot for start in starts)
+        for start in starts:
+            self._options.pop(start.slot, None)
+        packing = {
+            "slots": np.array([start.slot for start in starts]),
+            "floats": np.array([_floats_of(start) for start in starts], dtype=np.float64),
+            "integers": np.array([(start.seed, max(start.sampling.top_k, 0)) for start in starts]),
+        }
+        self._filtered.update(start.slot for start in starts if start.sampling.filters)
+        if penalized := [start for start in starts if start.sampling.penalizes]:
+            self._penalized.update(start.slot for start in penalized)
+            packing |= _prefixed("penalties", self._penalties.pack(penalized))
+        if biased := [start for start in starts if start.banned_ids or start.sampling.logit_bias]:
+            self._biased.update(start.slot for start in biased)
+            packing |= _prefixed("biases", self._biases.pack(biased))
+        if options := {start.slot: start.logprobs for start in starts if start.logprobs is not None}:
+            self._options.update(options)
+            packing |= _prefixed("logprobs", self._logprobs.pack(options))
+        return packing
 
-    def start(self, slots: Tensor, seeds: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor) -> None:
-        """Set the parameters of `slots` [N], all on the device."""
-        self._seeds[slots] = seeds
-        self._temperatures[slots] = temperatures
-        self._top_ks[slots] = top_ks
-        self._top_ps[slots] = top_ps
+    def start(self, parts: Mapping[str, Tensor]) -> None:
+        """Set on the device what `pack` has packed, each part as flat int64."""
+        slots = parts["slots"]
+        self._floats[:, slots] = parts["floats"].view(torch.float64).float().view(len(slots), -1).T
+        self._integers[:, slots] = parts["integers"].view(len(slots), -1).T
+        features: dict[str, Any] = {"penalties": self._penalties, "biases": self._biases, "logprobs": self._logprobs}
+        for prefix, feature in features.items():
+            own = {name.removeprefix(prefix + "."): part for name, part in parts.items() if name.startswith(prefix)}
+            if own:
+                feature.start(**own)
+
+    def rows_with_logprobs(self, host_slots: Sequence[int]) -> list[int]:
+        """Which of the rows of these slots want logprobs."""
+        return [row for row, slot in enumerate(host_slots) if slot in self._options] if self._options else []
 
     def sample(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, host_slots: tuple[int, ...], top_logprobs: int
+        self, logits: Tensor, slots: Tensor, positions: Tensor, host_slots: Sequence[int], logprob_rows: Tensor
     ) -> Sampled:
         """Choose an id per row.
 
         logits: [R, V]; slots: [R] int64, whose host copy begins with `host_slots` (padding rows may follow);
-        positions: [R] int64 of the ids to choose; top_logprobs: as in StepPlan.
+        positions: [R] int64 of the ids to choose; logprob_rows: `rows_with_logprobs(host_slots)` as a tensor.
         """
-        temperatures = self._temperatures[slots]
-        scores = logits
+        numbers = self._floats[:, slots]
+        temperatures, top_ps, min_ps = numbers[:3]
+        seeds, top_ks = self._integers[:, slots]
+        scores, thresholds = logits, None
+        penalized = not self._penalized.isdisjoint(host_slots)
+        if penalized:
+            scores = self._penalties.apply(scores, slots, numbers[3:])
+        if not self._biased.isdisjoint(host_slots):
+            scores = self._biases.add(scores, slots, positions)
         if not self._filtered.isdisjoint(host_slots):
-            scores = keep_top(logits.float(), temperatures, self._top_ks[slots], self._top_ps[slots])
-        ids = self._op.sample(scores, temperatures, self._seeds[slots], positions)
-        if top_logprobs < 0:
+            thresholds = self._op.thresholds(scores, temperatures, top_ks, top_ps, min_ps)
+        ids = self._op.sample(scores, temperatures, seeds, positions, thresholds)
+        if penalized:
+            self._penalties.count(slots, ids)
+        host_rows = self.rows_with_logprobs(host_slots)
+        if not host_rows:
             return Sampled(ids=ids)
-        logprobs = logits.float().log_softmax(-1)
-        chosen = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)
-        top, top_ids = logprobs.topk(min(top_logprobs, logprobs.shape[1]), -1)
-        return Sampled(ids=ids, chosen=chosen, top_ids=top_ids, top_logprobs=top)
+        host_slots = [host_slots[row] for row in host_rows]
+        logprobs = self.score(logits.__getitem__, logprob_rows, ids[logprob_rows], slots[logprob_rows], host_slots)
+        return Sampled(ids=ids, logprob_rows=host_rows, logprobs=logprobs)
+
+    def score(
+        self, logits_of: Callable[[Tensor], Tensor], rows: Tensor, ids: Tensor, slots: Tensor, host_slots: Sequence[int]
+    ) -> RowLogprobs:
+        """Logprobs of the tokens `ids`, and of what else their requests ask for: see `Logprobs.score`."""
+        options = [self._options[slot] for slot in host_slots]
+        return self._logprobs.score(logits_of, rows, ids, slots, options)
 
 
-def keep_top(logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
-    """Set to -inf what top-k, and then top-p among the rest, exclude.
-
-    logits: [R, V] float32; temperatures: [R], 0 for greedy rows, which stay as they are; top_ks: [R] int64, 0 for all;
-    top_ps: [R]. Top-p keeps the likeliest tokens whose mass before them is below p (Holtzman et al., 2020).
-    """
-    vocab_size = logits.shape[1]
-    order_logits, order = logits.sort(stable=True, dim=-1, descending=True)
-    ranks = torch.arange(vocab_size, device=logits.device)
-    keep = (ranks < top_ks.unsqueeze(1)) | (top_ks == 0).unsqueeze(1)
-    scale = torch.where(temperatures > 0, temperatures, 1.0).unsqueeze(1)
-    probs = (order_logits / scale).masked_fill(~keep, -torch.inf).softmax(-1)
-    keep &= (probs.cumsum(-1) - probs) < top_ps.unsqueeze(1)
-    keep |= (ranks == 0) | (temperatures == 0).unsqueeze(1)
-    excluded = torch.empty_like(keep).scatter_(1, order, ~keep)
-    return logits.masked_fill(excluded, -torch.inf)
+def _floats_of(start: SlotStart) -> tuple[float, ...]:
+    """In the order of the table's rows."""
+    sampling = start.sampling
+    temperature = 0.0 if sampling.greedy else sampling.temperature
+    penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+    return (temperature, sampling.top_p, sampling.min_p, *penalties)
 
 
-def read_logprobs(sampled: Sampled, num_rows: int) -> tuple[tuple[TokenLogprobs, ...], ...]:
-    """The first `num_rows` rows of a sample on the CPU, one position each; empty if there are no logprobs."""
-    if sampled.chosen is None or sampled.top_ids is None or sampled.top_logprobs is None:
-        return ()
-    chosen, ids, top = sampled.chosen.tolist(), sampled.top_ids.tolist(), sampled.top_logprobs.tolist()
-    return tuple(
-        (TokenLogprobs(chosen=chosen[row], top=tuple(zip(ids[row], top[row], strict=True))),) for row in range(num_rows)
-    )
+def _prefixed(prefix: str, packing: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{prefix}.{name}": array for name, array in packing.items()}

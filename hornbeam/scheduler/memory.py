@@ -103,7 +103,7 @@ class Memory:
         if not self._radix or state.request.namespace not in self._tree:
             return [], 0
         root = self._tree.root(state.request.namespace)
-        return self._tree.follow(root, state.tokens, len(state.tokens) - 1)
+        return self._tree.follow(root, state.tokens, state.reuse_end)
 
     def attach(self, state: RequestState) -> None:
         """Give a waiting request a slot and the known prefix of its tokens. Undone by `release`."""
@@ -127,7 +127,7 @@ class Memory:
         # Rows of its own beyond its node are there if the tree has the same ones, without their windows.
         if not self._radix or state.kv_len != node.length or not self._tree.has_child(node, state.tokens):
             return
-        match = self._tree.match(node, state.tokens, state.prefill_end - 1)
+        match = self._tree.match(node, state.tokens, state.reuse_end)
         if match.length == node.length:
             return
         if idle:

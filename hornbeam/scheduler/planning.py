@@ -7,7 +7,7 @@ Knows no clients: who ends is told to `finish`.
 from collections.abc import Callable, Iterable
 
 from hornbeam.config.components import SchedulerOptions
-from hornbeam.core.plan import Chunk, PageGrant, SlotStart
+from hornbeam.core.plan import PageGrant
 from hornbeam.core.request import Finish, Status
 from hornbeam.scheduler.memory import Memory, Running
 from hornbeam.scheduler.state import RequestState, Step
@@ -163,6 +163,7 @@ class Planner:
     def _admit(self, state: RequestState, budget: int, step: Step) -> int:
         """Start the queue's head, if there is room. Returns the tokens planned, 0 if it has to wait."""
         state.prefill_end = len(state.tokens)
+        state.rescore()
         self._memory.attach(state)
         num_cached = state.kv_len
         num_tokens = self._plan_chunk(state, budget, step) if self._has_room(state) else 0
@@ -172,8 +173,7 @@ class Planner:
         self._queue.remove(state)
         state.status = Status.RUNNING
         state.since = None
-        sampling, seed = state.request.sampling, state.seed
-        step.starts.append(SlotStart(slot=state.slot, num_cached=num_cached, sampling=sampling, seed=seed))
+        step.starts.append(state.slot_start(num_cached))
         return num_tokens
 
     def _has_room(self, state: RequestState) -> bool:
@@ -208,8 +208,10 @@ class Planner:
             return 0
         self._grant(state, step)
         samples = end == state.prefill_end and end < state.max_tokens
-        token_ids = tuple(state.tokens[start:end])
-        step.chunks.append(Chunk(slot=state.slot, start=start, token_ids=token_ids, samples=samples))
+        chunk = state.chunk(start, end, samples=samples)
+        step.chunks.append(chunk)
+        if chunk.scored_ids:
+            step.scoring.append(state)
         if samples:
             step.rows.append(state)
         else:

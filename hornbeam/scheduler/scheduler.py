@@ -247,7 +247,6 @@ class Scheduler:
             decode_lens=tuple(step.decode_lens),
             shared=self._sharing.find(step.rows[: len(step.decode)]) if len(step.decode) > 1 else (),
             chunks=tuple(step.chunks),
-            top_logprobs=max((state.num_top for state in step.rows), default=-1),
         )
 
     # Results.
@@ -268,6 +267,8 @@ class Scheduler:
         self._running.release_left()
 
     def _accept(self, step: Step, result: StepResult) -> None:
+        for state, scores in zip(step.scoring, result.input_logprobs, strict=True):
+            state.accept_scores(scores)
         logprobs = result.logprobs or ((),) * len(step.rows)
         for state, token_ids, entries in zip(step.rows, result.token_ids, logprobs, strict=True):
             if state.status is Status.FINISHED:

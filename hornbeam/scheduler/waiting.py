@@ -203,8 +203,7 @@ class Limits:
             raise BadRequest("adapters are not supported yet", "lora_path")
         if not ids:
             raise BadRequest("the prompt is empty", "input_ids")
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            raise BadRequest(f"prompt token ids must be at least 0 and below {self.vocab_size}", "input_ids")
+        request.check_ids(self.vocab_size)
         room_needed = 0 if request.sampling.max_new_tokens == 0 else 1
         if num_prompt + room_needed > self.context_len:
             raise BadRequest(

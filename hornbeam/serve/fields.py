@@ -1,9 +1,10 @@
 """Every field of every API, once: honoured (and of which type), accepted without effect, or refused with 400.
 
 A refused field may be sent with a value that asks for nothing. What is not listed is unknown; each API says what
-happens to that.
+happens to that. The fields that all generating APIs share become sampling parameters and text options here, too.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hornbeam.core.errors import BadRequest
+from hornbeam.core.request import SamplingParams
+from hornbeam.text.session import TextOptions
 
 logger = logging.getLogger(__name__)
+
+MAX_SIBLINGS = 1024
+# What an API calls a field of SamplingParams; the others have the same name everywhere.
+GENERATE_NAMES = {"seed": "sampling_seed"}
+OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+
+_PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+_TEXT_OPTIONS = frozenset(field.name for field in dataclasses.fields(TextOptions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,15 @@ STRINGS = Kind(
 PROMPT_IDS = Kind(
     "a list of integers, or a list of such lists",
     lambda value: isinstance(value, list) and (all(map(_is_int, value)) or all(map(IDS.accepts, value))),
+)
+ID_LISTS = Kind("a list of integers, or one such list per prompt", PROMPT_IDS.accepts)
+BIASES = Kind(
+    "an object of numbers by token id",
+    lambda value: (
+        isinstance(value, dict)
+        and all(key.isascii() and key.isdigit() and len(key) < 19 for key in value)
+        and all(map(NUMBER.accepts, value.values()))
+    ),
 )
 MESSAGES = Kind(
     "a list of at least one message with a role",
@@ -121,6 +141,47 @@ def as_strings(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+def read_sampling(fields: Mapping[str, Any], names: Mapping[str, str], max_new_tokens: int | None) -> SamplingParams:
+    """The sampling parameters among an API's fields.
+
+    Args:
+        fields: those that are set, of the right types.
+        names: what the API calls ours.
+        max_new_tokens: each API has its own default, and its own way to say "until the end".
+
+    Raises:
+        BadRequest: a value is out of its range; it has the API's name for the field.
+    """
+    given = {name: fields[theirs] for name in _PARAMS if (theirs := names.get(name, name)) in fields}
+    given["max_new_tokens"] = max_new_tokens
+    given["stop_token_ids"] = tuple(given.get("stop_token_ids", ()))
+    given["logit_bias"] = tuple((int(token_id), float(bias)) for token_id, bias in given.get("logit_bias", {}).items())
+    try:
+        return SamplingParams(**given)
+    except BadRequest as error:
+        message = str(error)
+        for ours, theirs in names.items():
+            message = message.replace(ours, theirs)
+        raise BadRequest(message, names.get(error.field or "", error.field)) from error
+
+
+def read_text_options(fields: Mapping[str, Any]) -> TextOptions:
+    """What becomes of the ids, among an API's fields. Raises BadRequest for stop strings that cannot be matched."""
+    given = {name: fields[name] for name in _TEXT_OPTIONS if name in fields}
+    for name in ("stop", "stop_regex"):
+        if name in given:
+            given[name] = as_strings(given[name])
+    return TextOptions(**given)
+
+
+def read_num_siblings(fields: Mapping[str, Any]) -> int:
+    """`n`: generations for each prompt. Raises BadRequest if it is out of its range."""
+    num: int = fields.get("n", 1)
+    if not 1 <= num <= MAX_SIBLINGS:
+        raise BadRequest(f"n must be in 1..{MAX_SIBLINGS}", "n")
+    return num
+
+
 @functools.lru_cache(maxsize=256)
 def _log_once(api: str, name: str) -> None:
     logger.warning("field %r of %s has no effect", name[:80], api)
@@ -137,6 +198,14 @@ SAMPLING = Api(
             top_p=NUMBER,
             sampling_seed=INTEGER,
             stop=STRINGS,
+            stop_regex=STRINGS,
+            n=INTEGER,
+            min_p=NUMBER,
+            frequency_penalty=NUMBER,
+            presence_penalty=NUMBER,
+            repetition_penalty=NUMBER,
+            logit_bias=BIASES,
+            min_new_tokens=INTEGER,
             stop_token_ids=IDS,
             ignore_eos=BOOLEAN,
             skip_special_tokens=BOOLEAN,
@@ -144,16 +213,7 @@ SAMPLING = Api(
             no_stop_trim=BOOLEAN,
             stream_interval=INTEGER,
         ),
-        **_refused(
-            *("stop_regex", "json_schema", "regex", "ebnf", "structural_tag", "custom_params"),
-            n=1,
-            min_new_tokens=0,
-            min_p=0,
-            frequency_penalty=0,
-            presence_penalty=0,
-            repetition_penalty=1,
-            logit_bias={},
-        ),
+        **_refused("json_schema", "regex", "ebnf", "structural_tag", "custom_params"),
     },
 )
 
@@ -168,7 +228,9 @@ GENERATE = Api(
             rid=STRING.or_list(),
             stream=BOOLEAN,
             return_logprob=BOOLEAN.or_list(),
+            logprob_start_len=INTEGER.or_list(),
             top_logprobs_num=COUNT.or_list(),
+            token_ids_logprob=ID_LISTS,
             return_text_in_logprobs=BOOLEAN,
             extra_key=STRING.or_list(),
             priority=INTEGER.or_list(),
@@ -179,10 +241,9 @@ GENERATE = Api(
             *("background", "modalities"),
         ),
         **_refused(
-            *("input_embeds", "image_data", "video_data", "audio_data", "token_ids_logprob", "lora_path"),
+            *("input_embeds", "image_data", "video_data", "audio_data", "lora_path"),
             *("session_params", "custom_logit_processor", "bootstrap_host", "bootstrap_port"),
             *("bootstrap_room", "routed_dp_rank", "disagg_prefill_dp_rank"),
-            logprob_start_len=-1,
             return_hidden_states=False,
             return_routed_experts=False,
             return_indexer_topk=False,
@@ -221,6 +282,14 @@ CHAT = Api(
             top_k=INTEGER,
             seed=INTEGER,
             stop=STRINGS,
+            stop_regex=STRINGS,
+            n=INTEGER,
+            min_p=NUMBER,
+            frequency_penalty=NUMBER,
+            presence_penalty=NUMBER,
+            repetition_penalty=NUMBER,
+            logit_bias=BIASES,
+            min_tokens=INTEGER,
             stop_token_ids=IDS,
             ignore_eos=BOOLEAN,
             skip_special_tokens=BOOLEAN,
@@ -242,20 +311,13 @@ CHAT = Api(
             *("parallel_tool_calls", "separate_reasoning", "stream_reasoning", "reasoning_effort", "reasoning"),
         ),
         **_refused(
-            *("function_call", "input_ids", "stop_regex", "json_schema", "regex", "ebnf", "lora_path", "audio"),
+            *("function_call", "input_ids", "json_schema", "regex", "ebnf", "lora_path", "audio"),
             *("session_params", "custom_params", "custom_logit_processor", "prediction"),
             *("web_search_options", "bootstrap_host", "bootstrap_port", "bootstrap_room", "routed_dp_rank"),
-            n=1,
             tools=[],
             functions=[],
             modalities=["text"],
             response_format={"type": "text"},
-            logit_bias={},
-            frequency_penalty=0,
-            presence_penalty=0,
-            repetition_penalty=1,
-            min_p=0,
-            min_tokens=0,
             return_hidden_states=False,
             return_routed_experts=False,
             return_prompt_token_ids=False,

@@ -9,10 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from hornbeam.core.errors import BadRequest
-from hornbeam.core.request import Finish, SamplingParams
-from hornbeam.engine.stream import Delta, GenerationRequest, Stream
-from hornbeam.serve.fields import GENERATE, SAMPLING, as_strings
-from hornbeam.text.session import TextOptions
+from hornbeam.core.request import Finish, LogprobOptions
+from hornbeam.engine.stream import Delta, GenerationRequest, InFlight, Stream, siblings
+from hornbeam.serve.fields import (
+    GENERATE,
+    GENERATE_NAMES,
+    SAMPLING,
+    read_num_siblings,
+    read_sampling,
+    read_text_options,
+)
+from hornbeam.serve.logprobs import LogprobAnswer
 from hornbeam.text.tokenizer import Tokenizer
 
 WEIGHT_VERSION = "default"
@@ -53,40 +60,32 @@ def parse_generate(body: Any, default_interval: int) -> GenerateCall:
     if not prompts:
         raise BadRequest("text must not be an empty list", "text")
     stream, count = fields.get("stream", False), len(prompts)
-    shared = zip(
-        _samplings(fields, count, default_interval if stream else None),
-        _rids(fields.get("rid"), count),
-        _spread(fields, "return_logprob", count, False),
-        _spread(fields, "top_logprobs_num", count, 0),
-        _spread(fields, "extra_key", count, ""),
-        _spread(fields, "priority", count, None),
-        _spread(fields, "routing_key", count, None),
-        strict=True,
-    )
+    samplings = _samplings(fields, count, default_interval if stream else None)
+    nums = {num for _, num in samplings}
+    if len(nums) > 1:
+        raise BadRequest("n must be the same for all prompts of a batch", "n")
+    own = {
+        "rid": _rids(fields.get("rid"), count),
+        "logprobs": _logprobs(fields, count),
+        "namespace": _spread(fields, "extra_key", count, ""),
+        "priority": _spread(fields, "priority", count, None),
+        "routing_key": _spread(fields, "routing_key", count, None),
+    }
+    requests = [
+        GenerationRequest(**prompt, **sampling, **{name: values[index] for name, values in own.items()})
+        for index, (prompt, (sampling, _)) in enumerate(zip(prompts, samplings, strict=True))
+    ]
+    num = nums.pop()
     return GenerateCall(
-        requests=tuple(
-            GenerationRequest(
-                **prompt,
-                **sampling,
-                rid=rid,
-                return_logprob=return_logprob,
-                top_logprobs=num_top if return_logprob else 0,
-                namespace=namespace,
-                priority=priority,
-                routing_key=routing_key,
-            )
-            for prompt, (sampling, rid, return_logprob, num_top, namespace, priority, routing_key) in zip(
-                prompts, shared, strict=True
-            )
-        ),
-        batched=batched,
+        requests=tuple(sibling for request in requests for sibling in siblings(request, num)),
+        batched=batched or num > 1,
         stream=stream,
         text_in_logprobs=fields.get("return_text_in_logprobs", False),
     )
 
 
-def parse_sampling(params: Any, interval: int | None) -> dict[str, Any]:
-    """`sampling_params` as the fields of a GenerationRequest.
+def parse_sampling(params: Any, interval: int | None) -> tuple[dict[str, Any], int]:
+    """`sampling_params` as fields of a GenerationRequest, and how many generations each prompt gets.
 
     Args:
         params: the JSON object.
@@ -100,31 +99,35 @@ def parse_sampling(params: Any, interval: int | None) -> dict[str, Any]:
     own_interval = fields.get("stream_interval", 1)
     if own_interval < 1:
         raise BadRequest("stream_interval must be at least 1", "stream_interval")
-    return {
-        "sampling": SamplingParams(
-            max_new_tokens=None if until_end else fields.get("max_new_tokens", 128),
-            temperature=fields.get("temperature", 1.0),
-            top_k=fields.get("top_k", -1),
-            top_p=fields.get("top_p", 1.0),
-            seed=fields.get("sampling_seed"),
-            stop_token_ids=tuple(fields.get("stop_token_ids", ())),
-            ignore_eos=fields.get("ignore_eos", False),
-        ),
-        "text_options": TextOptions(
-            stop=as_strings(fields.get("stop", ())),
-            skip_special_tokens=fields.get("skip_special_tokens", True),
-            spaces_between_special_tokens=fields.get("spaces_between_special_tokens", True),
-            no_stop_trim=fields.get("no_stop_trim", False),
-        ),
+    values = {
+        "sampling": read_sampling(fields, GENERATE_NAMES, None if until_end else fields.get("max_new_tokens", 128)),
+        "text_options": read_text_options(fields),
         "stream_interval": None if interval is None else fields.get("stream_interval", interval),
     }
+    return values, read_num_siblings(fields)
 
 
-def _samplings(fields: Mapping[str, Any], count: int, interval: int | None) -> list[dict[str, Any]]:
+def _samplings(fields: Mapping[str, Any], count: int, interval: int | None) -> list[tuple[dict[str, Any], int]]:
     given = fields.get("sampling_params", {})
     if isinstance(given, list):
         return [parse_sampling(params, interval) for params in _spread(fields, "sampling_params", count, {})]
     return [parse_sampling(given, interval)] * count
+
+
+def _logprobs(fields: Mapping[str, Any], count: int) -> list[LogprobOptions | None]:
+    token_ids = fields.get("token_ids_logprob", [])
+    shared = not token_ids or not isinstance(token_ids[0], list)
+    wanted = zip(
+        _spread(fields, "return_logprob", count, False),
+        _spread(fields, "logprob_start_len", count, -1),
+        _spread(fields, "top_logprobs_num", count, 0),
+        [token_ids] * count if shared else _spread(fields, "token_ids_logprob", count, []),
+        strict=True,
+    )
+    return [
+        LogprobOptions(num_top=num_top, token_ids=tuple(ids), start=None if start == -1 else start) if wants else None
+        for wants, start, num_top, ids in wanted
+    ]
 
 
 def _spread(fields: Mapping[str, Any], name: str, count: int, default: Any) -> list[Any]:
@@ -158,7 +161,9 @@ class Answers:
         self._call = call
         self._stream = stream
         incremental = incremental and call.stream
-        self._answers = [_Answer(rid, index, call, incremental, tokenizer) for index, rid in enumerate(stream.rids)]
+        self._answers = [
+            _Answer(entry, index, call, incremental, tokenizer) for index, entry in enumerate(stream.requests)
+        ]
 
     async def whole(self) -> Any:
         """An object, for a batch a list of them in the prompts' order."""
@@ -175,26 +180,27 @@ class _Answer:
     """What has been told of one request."""
 
     def __init__(
-        self, rid: str, index: int, call: GenerateCall, incremental: bool, tokenizer: Tokenizer | None
+        self, entry: InFlight, index: int, call: GenerateCall, incremental: bool, tokenizer: Tokenizer | None
     ) -> None:
-        self._rid = rid
+        self._rid = entry.rid
         self._index = index
         self._call = call
-        self._request = call.requests[index]
         self._incremental = incremental
         self._tokenizer = tokenizer
         self._started = time.monotonic()
-        self._num_logprobs = 0
         self._text = ""
         self._ids: list[int] = []
-        self._logprobs: list[Any] = []
-        self._tops: list[Any] = []
+        options = call.requests[index].logprobs
+        self._logprobs: LogprobAnswer | None = None
+        if options is not None:
+            texts = tokenizer.token_text if tokenizer is not None and call.text_in_logprobs else None
+            self._logprobs = LogprobAnswer(options, entry.prompt_ids, texts)
 
     def add(self, delta: Delta) -> dict[str, Any]:
         """The next chunk, or the answer, as JSON."""
         if self._incremental:
             self._text = ""
-            self._ids, self._logprobs, self._tops = [], [], []
+            self._ids = []
         self._text += delta.text
         self._ids += delta.token_ids
         meta: dict[str, Any] = {
@@ -207,8 +213,8 @@ class _Answer:
             "completion_tokens": delta.num_generated,
             "cached_tokens": delta.num_cached,
         }
-        if self._request.return_logprob:
-            meta |= self._add_logprobs(delta)
+        if self._logprobs is not None:
+            meta |= self._logprobs.add(delta, fresh=self._incremental)
         if delta.finish is not None:
             meta["e2e_latency"] = time.monotonic() - self._started
         chunk: dict[str, Any] = {} if self._tokenizer is None else {"text": self._text}
@@ -216,24 +222,6 @@ class _Answer:
         if self._call.batched and self._call.stream:
             chunk["index"] = self._index
         return chunk
-
-    def _add_logprobs(self, delta: Delta) -> dict[str, Any]:
-        self._num_logprobs += len(delta.logprobs)
-        for token_id, entry in zip(delta.token_ids, delta.logprobs, strict=True):
-            self._logprobs.append(self._triple(entry.chosen, token_id))
-            self._tops.append([self._triple(logprob, top_id) for top_id, logprob in entry.top])
-        meta: dict[str, Any] = {
-            "input_token_logprobs": [],
-            "output_token_logprobs": list(self._logprobs),
-            "output_token_logprobs_length": self._num_logprobs,
-        }
-        if self._request.top_logprobs:
-            meta |= {"input_top_logprobs": [], "output_top_logprobs": list(self._tops)}
-        return meta
-
-    def _triple(self, logprob: float, token_id: int) -> list[Any]:
-        text = self._tokenizer.token_text(token_id) if self._tokenizer and self._call.text_in_logprobs else None
-        return [logprob, token_id, text]
 
 
 def finish_json(finish: Finish | None) -> dict[str, Any] | None:

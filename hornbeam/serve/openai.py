@@ -1,7 +1,7 @@
 """The OpenAI API: models and chat completions."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,18 +9,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hornbeam.core.errors import BadRequest
-from hornbeam.core.request import SamplingParams, TokenLogprobs
-from hornbeam.engine.stream import Delta, GenerationRequest
+from hornbeam.core.request import LogprobOptions, TokenLogprobs
+from hornbeam.engine.stream import Delta, GenerationRequest, Stream, siblings
 from hornbeam.serve.answers import EventStream, error_body, json_response, read_json, respond
 from hornbeam.serve.app import Route
-from hornbeam.serve.fields import CHAT, STREAM_OPTIONS, as_strings
+from hornbeam.serve.fields import (
+    CHAT,
+    OPENAI_NAMES,
+    STREAM_OPTIONS,
+    read_num_siblings,
+    read_sampling,
+    read_text_options,
+)
 from hornbeam.serve.generate import WEIGHT_VERSION
 from hornbeam.serve.serving import Serving
-from hornbeam.text.session import TextOptions
 from hornbeam.text.tokenizer import Tokenizer
 
 MAX_TOP_LOGPROBS = 20
-_OUR_FIELDS = {"max_new_tokens": "max_tokens", "sampling_seed": "seed"}  # what the engine calls these
 
 
 def openai_routes(serving: Serving) -> tuple[Route, ...]:
@@ -37,7 +42,7 @@ def openai_routes(serving: Serving) -> tuple[Route, ...]:
 class ChatCall:
     """A parsed body of /v1/chat/completions."""
 
-    request: GenerationRequest
+    requests: tuple[GenerationRequest, ...]  # one per choice
     model: str  # echoed
     stream: bool
     include_usage: bool  # a last chunk of the stream holds the usage
@@ -79,16 +84,12 @@ class _OpenAi:
         frontend = self._serving.frontend
         frontend.check_open()  # before the template is asked for
         call = parse_chat(body, self._serving)
-        stream = await frontend.submit([call.request])
-        answer = ChatAnswer(stream.rids[0], call, frontend.tokenizer)
+        stream = await frontend.submit(call.requests)
+        answer = ChatAnswer(body.get("rid") or stream.rids[0], call, frontend.tokenizer)
         if call.stream:
             return EventStream(answer.chunks(stream), stream.close)
-
-        async def whole() -> Any:
-            return answer.completion((await stream.last())[0])
-
         try:
-            return await respond(request, whole())
+            return await respond(request, answer.completion(stream))
         finally:
             stream.close()
 
@@ -114,24 +115,20 @@ def parse_chat(body: Any, serving: Serving) -> ChatCall:
         continue_final_message=fields.get("continue_final_message", False),
         **_template_variables(fields.get("chat_template_kwargs", {})),
     )
+    request = GenerationRequest(
+        text=prompt,
+        add_special_tokens=False,
+        sampling=read_sampling(fields, OPENAI_NAMES, fields.get("max_completion_tokens", fields.get("max_tokens"))),
+        text_options=read_text_options(fields),
+        rid=fields.get("rid"),
+        namespace=fields.get("extra_key", fields.get("cache_salt", "")),
+        priority=fields.get("priority"),
+        routing_key=fields.get("routing_key"),
+        logprobs=LogprobOptions(num_top=top_logprobs) if logprobs else None,
+        stream_interval=serving.options.stream_interval if stream else None,
+    )
     return ChatCall(
-        request=GenerationRequest(
-            text=prompt,
-            add_special_tokens=False,
-            sampling=_sampling(fields),
-            text_options=TextOptions(
-                stop=as_strings(fields.get("stop", ())),
-                skip_special_tokens=fields.get("skip_special_tokens", True),
-                no_stop_trim=fields.get("no_stop_trim", False),
-            ),
-            rid=fields.get("rid"),
-            namespace=fields.get("extra_key", fields.get("cache_salt", "")),
-            priority=fields.get("priority"),
-            routing_key=fields.get("routing_key"),
-            return_logprob=logprobs,
-            top_logprobs=top_logprobs,
-            stream_interval=serving.options.stream_interval if stream else None,
-        ),
+        requests=siblings(request, read_num_siblings(fields)),
         model=fields.get("model", serving.options.served_model_name),
         stream=stream,
         include_usage=stream_options.get("include_usage", False),
@@ -146,22 +143,6 @@ def _template_variables(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _sampling(fields: dict[str, Any]) -> SamplingParams:
-    try:
-        return SamplingParams(
-            max_new_tokens=fields.get("max_completion_tokens", fields.get("max_tokens")),
-            temperature=fields.get("temperature", 1.0),
-            top_p=fields.get("top_p", 1.0),
-            top_k=fields.get("top_k", -1),
-            seed=fields.get("seed"),
-            stop_token_ids=tuple(fields.get("stop_token_ids", ())),
-            ignore_eos=fields.get("ignore_eos", False),
-        )
-    except BadRequest as error:
-        name = _OUR_FIELDS.get(error.field or "", error.field)
-        raise BadRequest(str(error).replace(error.field or "", name or ""), name) from error
-
-
 class ChatAnswer:
     """Makes the completion of one chat, or the chunks of its stream."""
 
@@ -172,47 +153,51 @@ class ChatAnswer:
         self._tokenizer = tokenizer
         self._created = int(time.time())
 
-    def completion(self, delta: Delta) -> dict[str, Any]:
+    async def completion(self, stream: Stream) -> dict[str, Any]:
         """The whole answer."""
-        message = {"role": "assistant", "content": delta.text, "reasoning_content": None, "tool_calls": None}
-        choice = {"index": 0, "message": message, "logprobs": self._logprobs(delta), **_finish(delta)}
+        deltas = await stream.last()
         return {
             **self._head("chat.completion"),
-            "choices": [choice],
-            "usage": _usage(delta),
+            "choices": [self._choice(delta) for delta in deltas],
+            "usage": _usage(deltas),
             "metadata": {"weight_version": WEIGHT_VERSION},
         }
 
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        message = {"role": "assistant", "content": delta.text, "reasoning_content": None, "tool_calls": None}
+        return {"index": delta.index, "message": message, "logprobs": self._logprobs(delta), **_finish(delta)}
+
     async def chunks(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[dict[str, Any]]:
         """The stream: the role, the text as it comes, then why it ended, and the usage if it was asked for."""
-        first = True
+        latest: dict[int, Delta] = {}  # by choice
         async for delta in deltas:
+            first = delta.index not in latest
+            latest[delta.index] = delta
             if first:
-                first = False
                 yield self._chunk(delta, {"role": "assistant", "content": "", "reasoning_content": None})
             logprobs = self._logprobs(delta)
             if delta.text or (logprobs and delta.token_ids):
                 yield self._chunk(delta, {"content": delta.text, "reasoning_content": None}, logprobs)
             if delta.finish is not None:
                 yield self._chunk(delta, {"reasoning_content": None}, finished=True)
-                if self._call.include_usage:
-                    yield {**self._head("chat.completion.chunk"), "choices": [], "usage": _usage(delta)}
+        if self._call.include_usage:
+            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": _usage([*latest.values()])}
 
     def _chunk(
         self, delta: Delta, content: dict[str, Any], logprobs: dict[str, Any] | None = None, finished: bool = False
     ) -> dict[str, Any]:
         finish = _finish(delta) if finished else {"finish_reason": None, "matched_stop": None}
-        choice = {"index": 0, "delta": content, "logprobs": logprobs, **finish}
+        choice = {"index": delta.index, "delta": content, "logprobs": logprobs, **finish}
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
         if self._call.continuous_usage:
-            chunk["usage"] = _usage(delta)
+            chunk["usage"] = _usage([delta])
         return chunk
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._rid, "object": kind, "created": self._created, "model": self._call.model}
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
-        if not self._call.request.return_logprob:
+        if self._call.requests[delta.index].logprobs is None:
             return None
         return {"content": list(map(self._token_logprobs, delta.token_ids, delta.logprobs))}
 
@@ -233,11 +218,13 @@ def _finish(delta: Delta) -> dict[str, Any]:
     return {"finish_reason": delta.finish.type, "matched_stop": delta.finish.matched}
 
 
-def _usage(delta: Delta) -> dict[str, Any]:
+def _usage(deltas: Sequence[Delta]) -> dict[str, Any]:
+    """Of all choices; they have one prompt."""
+    num_prompt, num_generated = deltas[0].num_prompt, sum(delta.num_generated for delta in deltas)
     return {
-        "prompt_tokens": delta.num_prompt,
-        "completion_tokens": delta.num_generated,
-        "total_tokens": delta.num_prompt + delta.num_generated,
-        "prompt_tokens_details": {"cached_tokens": delta.num_cached},
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt + num_generated,
+        "prompt_tokens_details": {"cached_tokens": min(delta.num_cached for delta in deltas)},
         "reasoning_tokens": 0,
     }

@@ -64,7 +64,9 @@ class Engine:
         sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
         input_ids: list[int] | list[list[int]] | None = None,
         return_logprob: bool | list[bool] = False,
-        top_logprobs_num: int | list[int] = 0,
+        logprob_start_len: int | list[int] | None = None,
+        top_logprobs_num: int | list[int] | None = None,
+        token_ids_logprob: list[int] | list[list[int]] | None = None,
         stream: bool = False,
         rid: str | list[str] | None = None,
     ) -> Any:
@@ -78,7 +80,17 @@ class Engine:
             BadRequest: an argument is wrong; `field` names it.
             Overloaded, EngineDead: it cannot be served, now or any more.
         """
-        body = _body(prompt, sampling_params, input_ids, return_logprob, top_logprobs_num, stream, rid)
+        body = {
+            "text": prompt,
+            "input_ids": input_ids,
+            "sampling_params": sampling_params,
+            "return_logprob": return_logprob,
+            "logprob_start_len": logprob_start_len,
+            "top_logprobs_num": top_logprobs_num,
+            "token_ids_logprob": token_ids_logprob,
+            "stream": stream,
+            "rid": rid,
+        }
         return self._iterate(self._chunks(body)) if stream else self._call(self._whole(body))
 
     async def async_generate(
@@ -87,12 +99,24 @@ class Engine:
         sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
         input_ids: list[int] | list[list[int]] | None = None,
         return_logprob: bool | list[bool] = False,
-        top_logprobs_num: int | list[int] = 0,
+        logprob_start_len: int | list[int] | None = None,
+        top_logprobs_num: int | list[int] | None = None,
+        token_ids_logprob: list[int] | list[list[int]] | None = None,
         stream: bool = False,
         rid: str | list[str] | None = None,
     ) -> Any:
         """`generate` for callers with an event loop. Cancelling ends the generation; a stream is an async iterator."""
-        body = _body(prompt, sampling_params, input_ids, return_logprob, top_logprobs_num, stream, rid)
+        body = {
+            "text": prompt,
+            "input_ids": input_ids,
+            "sampling_params": sampling_params,
+            "return_logprob": return_logprob,
+            "logprob_start_len": logprob_start_len,
+            "top_logprobs_num": top_logprobs_num,
+            "token_ids_logprob": token_ids_logprob,
+            "stream": stream,
+            "rid": rid,
+        }
         if stream:
             return self._async_iterate(self._chunks(body))
         return await asyncio.wrap_future(self._begin(self._whole(body)))
@@ -173,26 +197,6 @@ class Engine:
 
 async def _next(chunks: AsyncIterator[Any]) -> Any:
     return await anext(chunks, _END)
-
-
-def _body(
-    prompt: Any,
-    sampling_params: Any,
-    input_ids: Any,
-    return_logprob: Any,
-    top_logprobs_num: Any,
-    stream: bool,
-    rid: Any,
-) -> dict[str, Any]:
-    return {
-        "text": prompt,
-        "input_ids": input_ids,
-        "sampling_params": sampling_params,
-        "return_logprob": return_logprob,
-        "top_logprobs_num": top_logprobs_num,
-        "stream": stream,
-        "rid": rid,
-    }
 
 
 def _shut_down(serving: Serving, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

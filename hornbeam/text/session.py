@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hornbeam.core.errors import BadRequest
+from hornbeam.text.regex import Scanner, compile_regex
 from hornbeam.text.tokenizer import Tokenizer
 
 
@@ -18,10 +19,11 @@ class TextOptions:
     """How generated ids become text.
 
     Raises:
-        BadRequest: a stop string is empty.
+        BadRequest: a stop string is empty, or a regular expression cannot be matched.
     """
 
     stop: tuple[str, ...] = ()
+    stop_regex: tuple[str, ...] = ()  # see compile_regex
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True  # of the API; see Tokenizer.decode
     no_stop_trim: bool = False  # the text keeps the stop string, or the stop token, that ended it
@@ -29,13 +31,20 @@ class TextOptions:
     def __post_init__(self) -> None:
         if "" in self.stop:
             raise BadRequest("stop must not hold an empty string: it would match at once", "stop")
+        for pattern in self.stop_regex:
+            compile_regex(pattern)
+
+    @property
+    def stops(self) -> bool:
+        """Whether the text may end the request."""
+        return bool(self.stop or self.stop_regex)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopMatch:
     """A stop string that ended the text."""
 
-    matched: str
+    matched: str  # the string, or the regular expression
     keep_tokens: int  # generated tokens up to and including the one that completed the match
 
 
@@ -55,7 +64,9 @@ class TextSession:
         self._skipped_ids = tokenizer.special_ids if options.skip_special_tokens else frozenset()
         self._options = options
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # keeps the bytes of an open character
+        self._scanners = [Scanner(compile_regex(pattern)) for pattern in options.stop_regex]
         self._held = ""  # not given out yet: the start of a stop string, maybe
+        self._num_given = 0  # characters
         self._num_tokens = 0
         self._stopped = False
 
@@ -75,7 +86,7 @@ class TextSession:
             return TextDelta()
         if ends_with_stop_token and not self._options.no_stop_trim:
             token_ids = token_ids[:-1]
-        if not self._options.stop:
+        if not self._options.stops:
             return TextDelta(text=self._utf8.decode(self._bytes_of(token_ids), finished))
         return self._feed_until_stop(token_ids, finished)
 
@@ -100,14 +111,19 @@ class TextSession:
 
     def _match(self, new: str) -> tuple[str, str | None]:
         """Add `new`; returns the text that can be given out, and the stop string that ended it."""
-        text = self._held + new
-        stops = self._options.stop
-        found = [(start + len(stop), -len(stop), stop) for stop in stops if (start := text.find(stop)) >= 0]
+        text, base, stops = self._held + new, self._num_given, self._options.stop
+        found = [(start + len(stop), start, stop) for stop in stops if (start := text.find(stop)) >= 0]
+        for scanner in self._scanners:
+            span = scanner.feed(new)
+            if span is not None:
+                found.append((span[1] - base, span[0] - base, scanner.pattern))
         if found:
-            end, _, matched = min(found)
-            return text[: end if self._options.no_stop_trim else end - len(matched)], matched
-        given = len(text) - max(_overlap(text, stop) for stop in stops)
+            end, start, matched = min(found)
+            return text[: end if self._options.no_stop_trim else start], matched
+        starts = [len(text) - _overlap(text, stop) for stop in stops]
+        given = min(starts + [scanner.pending - base for scanner in self._scanners])
         self._held = text[given:]
+        self._num_given += given
         return text[:given], None
 
     def _stop(self, parts: list[str], matched: str) -> TextDelta:

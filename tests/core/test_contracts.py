@@ -9,22 +9,32 @@ import pytest
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import BadRequest
 from hornbeam.core.plan import Chunk, DraftTree, PageGrant, PageMove, SlotStart, StepPlan, StepResult
-from hornbeam.core.request import Request, SamplingParams, TokenLogprobs
+from hornbeam.core.request import LogprobOptions, Request, SamplingParams, TokenLogprobs
 
 pytestmark = pytest.mark.pure
 
 PLAN = StepPlan(
     step_id=7,
-    starts=(SlotStart(slot=2, num_cached=16, sampling=SamplingParams(temperature=0.5, seed=3), seed=3),),
+    starts=(
+        SlotStart(
+            slot=2,
+            num_cached=16,
+            sampling=SamplingParams(temperature=0.5, seed=3, logit_bias=((7, 0.5),)),
+            seed=3,
+            banned_ids=(1, 2),
+            banned_until=20,
+            prompt_ids=(4, 5),
+            logprobs=LogprobOptions(num_top=2, token_ids=(9,), start=0),
+        ),
+    ),
     grants=(PageGrant(slot=2, group=0, first=1, page_ids=(5, 9)),),
     page_moves=(PageMove(group=0, source=1, target=2),),
     decode=(0, 1),
     decode_lens=(33, 8),
     chunks=(
-        Chunk(slot=2, start=16, token_ids=(4, 5, 6), samples=True),
+        Chunk(slot=2, start=16, token_ids=(4, 5, 6), samples=True, scored_ids=(5, 6), first_scored=17),
         Chunk(slot=3, start=0, token_ids=(1, 2), samples=False, embed_spans=((0, 2),)),
     ),
-    top_logprobs=5,
     drafts=(DraftTree(slot=0, token_ids=(1, 2), parents=(-1, 0)),),
     collect=("hidden",),
 )
@@ -61,6 +71,16 @@ def test_values_are_frozen() -> None:
         ("top_p", 1.01),
         ("top_k", 0),
         ("top_k", -2),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("frequency_penalty", 2.1),
+        ("presence_penalty", -2.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 2.1),
+        ("repetition_penalty", math.nan),
+        ("logit_bias", ((1, math.inf),)),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 129),
         ("max_new_tokens", -1),
         ("seed", 2**63),
     ],
@@ -68,7 +88,7 @@ def test_values_are_frozen() -> None:
 def test_sampling_out_of_range_names_the_field(field: str, value: float) -> None:
     with pytest.raises(BadRequest) as caught:
         SamplingParams(**{field: value})  # type: ignore[arg-type]
-    assert caught.value.field == {"seed": "sampling_seed"}.get(field, field)
+    assert caught.value.field == field
     assert caught.value.status == 400
 
 

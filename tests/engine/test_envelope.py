@@ -1,7 +1,7 @@
 import msgspec
 import pytest
 
-from hornbeam.core.request import Finish, Request, RequestOutput, SamplingParams, TokenLogprobs
+from hornbeam.core.request import Finish, LogprobOptions, Request, RequestOutput, SamplingParams, TokenLogprobs
 from hornbeam.engine import envelope
 
 pytestmark = pytest.mark.pure
@@ -9,9 +9,8 @@ pytestmark = pytest.mark.pure
 REQUEST = Request(
     rid="é",
     prompt_ids=(1, 2),
-    sampling=SamplingParams(max_new_tokens=None, seed=-(2**63), stop_token_ids=(7,)),
-    return_logprob=True,
-    top_logprobs=2,
+    sampling=SamplingParams(max_new_tokens=None, seed=-(2**63), stop_token_ids=(7,), logit_bias=((3, -1.5),)),
+    logprobs=LogprobOptions(num_top=2, token_ids=(1, 5), start=0),
 )
 OUTPUT = RequestOutput(
     rid="é",

@@ -28,21 +28,24 @@ PUBLIC_NAMES = "Engine __version__"
 FIELDS = {
     "hornbeam.core.plan:StepPlan": """
         chunks collect decode decode_lens drafts grants idle padded_tokens page_moves shared starts step_id
-        top_logprobs weight_version
+        weight_version
     """,
     "hornbeam.core.plan:SharedPrefix": "num_tokens rows",
-    "hornbeam.core.plan:StepResult": "error logprobs step_id token_ids",
-    "hornbeam.core.plan:Chunk": "embed_spans samples slot start token_ids",
-    "hornbeam.core.plan:SlotStart": "adapter_slot num_cached sampling seed slot",
+    "hornbeam.core.plan:StepResult": "error input_logprobs logprobs step_id token_ids",
+    "hornbeam.core.plan:Chunk": "embed_spans first_scored samples scored_ids slot start token_ids",
+    "hornbeam.core.plan:SlotStart": """
+        adapter_slot banned_ids banned_until generated_ids logprobs num_cached prompt_ids sampling seed slot
+    """,
     "hornbeam.core.plan:PageGrant": "first group page_ids slot",
     "hornbeam.core.cache_spec:CacheSpec": """
         dtype kind layers reuse_granularity row_shapes sharding snapshot tokens_per_row window
     """,
     "hornbeam.core.request:Request": """
-        adapter namespace priority prompt_ids return_logprob rid routing_key sampling top_logprobs
+        adapter logprobs namespace priority prompt_ids rid routing_key sampling
     """,
     "hornbeam.core.request:SamplingParams": """
-        ignore_eos max_new_tokens seed stop_token_ids temperature top_k top_p
+        frequency_penalty ignore_eos logit_bias max_new_tokens min_new_tokens min_p presence_penalty
+        repetition_penalty seed stop_token_ids temperature top_k top_p
     """,
 }
 TORCH_FIELDS = {

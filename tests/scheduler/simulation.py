@@ -10,7 +10,7 @@ from io import BytesIO
 from hornbeam.config.components import CacheOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.plan import StepPlan, StepResult
-from hornbeam.core.request import Request, RequestOutput, SamplingParams, TokenLogprobs
+from hornbeam.core.request import LogprobOptions, Request, RequestOutput, SamplingParams, TokenLogprobs
 from hornbeam.scheduler.record import RecordingScheduler, read_record, replay
 
 VOCAB, EOS = 40, 0
@@ -24,6 +24,11 @@ def row_of(previous: int, token: int) -> int:
 
 def next_token(row: int, seed: int) -> int:
     return hash((row, seed, 1)) % VOCAB
+
+
+def score(token: int, options: LogprobOptions) -> TokenLogprobs:
+    """Tells the token, so that a test sees which ones were scored."""
+    return TokenLogprobs(chosen=-float(token), top=tuple((i, -1.0) for i in range(options.num_top)))
 
 
 def reference(request: Request, context_len: int = 1000) -> tuple[tuple[int, ...], str]:
@@ -52,6 +57,7 @@ class FakeDevice:
     lens: dict = field(default_factory=dict)
     last: dict = field(default_factory=dict)
     seeds: dict = field(default_factory=dict)
+    logprobs: dict = field(default_factory=dict)
     writers: dict = field(default_factory=dict)  # step in flight -> {(group, page): slot}
 
     def address(self, slot: int, group: int, position: int) -> tuple[int, int, int]:
@@ -96,6 +102,7 @@ class FakeDevice:
         for start in plan.starts:
             self.tables[start.slot] = [{} for _ in range(self.num_groups)]
             self.lens[start.slot], self.seeds[start.slot] = start.num_cached, start.seed
+            self.logprobs[start.slot] = start.logprobs
         for grant in plan.grants:
             assert 0 not in grant.page_ids, "the padding page"
             assert grant.page_ids
@@ -108,6 +115,8 @@ class FakeDevice:
             self.lens[slot] = length
         for chunk in plan.chunks:
             assert chunk.token_ids
+            before = chunk.first_scored - 1 - chunk.start
+            assert not chunk.scored_ids or 0 <= before <= len(chunk.token_ids) - len(chunk.scored_ids)
             assert chunk.start >= self.lens[chunk.slot]
             for position, token in enumerate(chunk.token_ids, chunk.start):
                 self.write(plan, chunk.slot, position, token, fail)
@@ -117,11 +126,18 @@ class FakeDevice:
         assert len(ids) == plan.num_samples
         if fail:
             return StepResult(step_id=plan.step_id, token_ids=(), error="device lost")
-        logprobs: tuple = ()
-        if plan.top_logprobs >= 0:
-            entry = TokenLogprobs(chosen=-1.0, top=tuple((i, -1.0) for i in range(plan.top_logprobs)))
-            logprobs = ((entry,),) * len(ids)
-        return StepResult(step_id=plan.step_id, token_ids=ids, logprobs=logprobs)
+        return StepResult(
+            step_id=plan.step_id,
+            token_ids=ids,
+            logprobs=tuple(
+                () if self.logprobs[slot] is None else (score(0, self.logprobs[slot]),) for slot in sampling
+            ),
+            input_logprobs=tuple(
+                tuple(score(token, self.logprobs[chunk.slot]) for token in chunk.scored_ids)
+                for chunk in plan.chunks
+                if chunk.scored_ids
+            ),
+        )
 
 
 class Simulation:
@@ -166,6 +182,7 @@ class Simulation:
         self.tokens: dict[str, list[int]] = {}
         self.ends: dict[str, RequestOutput] = {}
         self.logprobs: dict[str, list[TokenLogprobs]] = {}
+        self.input_logprobs: dict[str, list[TokenLogprobs]] = {}
 
     def submit(self, *requests: Request) -> None:
         for request in requests:
@@ -189,6 +206,7 @@ class Simulation:
             assert output.rid not in self.ends, "news after the end"
             self.tokens.setdefault(output.rid, []).extend(output.token_ids)
             self.logprobs.setdefault(output.rid, []).extend(output.logprobs)
+            self.input_logprobs.setdefault(output.rid, []).extend(output.input_logprobs)
             assert len(self.tokens[output.rid]) == output.num_generated
             if output.finish is not None:
                 self.ends[output.rid] = output
@@ -243,3 +261,11 @@ def check_outputs(simulation: Simulation, requests: list[Request]) -> None:
         else:
             assert end.finish.matched == expected[-1]
         assert end.num_prompt == len(request.prompt_ids)
+        check_logprobs(simulation, request, len(expected))
+
+
+def check_logprobs(simulation: Simulation, request: Request, num_generated: int) -> None:
+    options = request.logprobs
+    assert len(simulation.logprobs[request.rid]) == (0 if options is None else num_generated)
+    scored = () if options is None or options.start is None else request.prompt_ids[options.start + 1 :]
+    assert tuple(-entry.chosen for entry in simulation.input_logprobs[request.rid]) == scored

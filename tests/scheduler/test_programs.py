@@ -6,10 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
-from scheduler.simulation import Simulation, check_outputs, make, reference, tokens_of
+from scheduler.simulation import Simulation, check_logprobs, check_outputs, make, reference, tokens_of
 
 from hornbeam.core.errors import BadRequest, Overloaded
-from hornbeam.core.request import Request
+from hornbeam.core.request import LogprobOptions, Request
 from hornbeam.scheduler.waiting import POLICIES, RANDOM
 
 pytestmark = pytest.mark.pure
@@ -17,6 +17,11 @@ pytestmark = pytest.mark.pure
 limits = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
+
+
+def logprob_options(num_prompt: int) -> st.SearchStrategy[LogprobOptions | None]:
+    starts = st.one_of(st.none(), st.integers(0, num_prompt))
+    return st.one_of(st.none(), st.builds(LogprobOptions, start=starts))
 
 
 @limits
@@ -48,7 +53,14 @@ def test_random_loads_in_random_small_pools(data: st.DataObject) -> None:
         num_prompt = data.draw(st.integers(1, total))
         prompt = (tokens_of(0, shared) + tokens_of(index + 1, total - shared))[:num_prompt]
         requests.append(
-            make(f"r{index}", prompt, total - num_prompt, seed=index % 3, ignore_eos=data.draw(st.booleans()))
+            make(
+                f"r{index}",
+                prompt,
+                total - num_prompt,
+                seed=index % 3,
+                ignore_eos=data.draw(st.booleans()),
+                logprobs=data.draw(logprob_options(num_prompt)),
+            )
         )
     simulation.submit(*requests)
     simulation.run()
@@ -78,12 +90,20 @@ class Programs(RuleBasedStateMachine):
         new=st.one_of(st.none(), st.integers(0, 40)),
         ignore_eos=st.booleans(),
         priority=st.integers(0, 3),
+        score_from=st.one_of(st.none(), st.integers(0, 50)),
     )
-    def submit(self, family: int, length: int, new: int | None, ignore_eos: bool, priority: int) -> str:
+    def submit(
+        self, family: int, length: int, new: int | None, ignore_eos: bool, priority: int, score_from: int | None
+    ) -> str:
         rid = f"r{len(self.requests)}"
-        namespace = str(family // 2)
         request = make(
-            rid, tokens_of(family, length), new, ignore_eos=ignore_eos, namespace=namespace, priority=priority
+            rid,
+            tokens_of(family, length),
+            new,
+            ignore_eos=ignore_eos,
+            namespace=str(family // 2),
+            priority=priority,
+            logprobs=None if score_from is None else LogprobOptions(start=min(score_from, length)),
         )
         try:
             self.simulation.submit(request)
@@ -156,6 +176,7 @@ class Programs(RuleBasedStateMachine):
                 assert tokens == expected[: len(tokens)]
             else:
                 assert (tokens, end.finish.type) == (expected, why)
+                check_logprobs(simulation, self.requests[rid], len(tokens))
 
 
 class ProgramsWithWindows(Programs):

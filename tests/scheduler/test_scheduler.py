@@ -229,20 +229,6 @@ def test_a_stop_string_keeps_the_tokens_before_it_and_says_nothing() -> None:
     assert simulation.ends["next"].num_cached == 5 + 4
 
 
-def test_logprobs_are_trimmed_to_what_each_request_asked() -> None:
-    simulation = Simulation()
-    simulation.submit(
-        make("five", tokens_of(1, 5), 6, ignore_eos=True, return_logprob=True, top_logprobs=5),
-        make("none", tokens_of(2, 5), 9, ignore_eos=True, top_logprobs=8),
-        make("chosen", tokens_of(3, 5), 3, ignore_eos=True, return_logprob=True),
-    )
-    simulation.run()
-    assert [len(entry.top) for entry in simulation.logprobs["five"]] == [5] * 6
-    assert [len(entry.top) for entry in simulation.logprobs["chosen"]] == [0] * 3
-    assert simulation.logprobs["none"] == []
-    assert {plan.top_logprobs for plan in simulation.plans} == {5, -1}
-
-
 @pytest.mark.parametrize("failing", range(12))
 @pytest.mark.parametrize("page_size", [1, 4])
 @pytest.mark.parametrize("depth", [1, 2, 3])

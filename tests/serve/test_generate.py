@@ -100,6 +100,80 @@ def test_logprobs(server):
     assert "output_top_logprobs" not in meta
 
 
+def test_input_logprobs(server):
+    body = {"return_logprob": True, "top_logprobs_num": 1, "token_ids_logprob": [5, 7]}
+    meta = generate(server, text="abcd", logprob_start_len=1, **body).json()["meta_info"]
+    assert meta["input_token_logprobs"] == [[None, 98, None], [-0.5, 99, None], [-0.5, 100, None]]
+    assert meta["input_top_logprobs"] == [None, [[-0.5, 99, None]], [[-0.5, 100, None]]]
+    assert meta["input_token_ids_logprobs"] == [None, *[[[-5.0, 5, None], [-7.0, 7, None]]] * 2]
+    assert meta["output_token_ids_logprobs"] == [[[-5.0, 5, None], [-7.0, 7, None]]] * 3
+    assert generate(server, text="abcd", logprob_start_len=4, **body).json()["meta_info"]["input_token_logprobs"] == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_scoring_a_prompt(server, stream):
+    response = generate(
+        server,
+        text="abcd" * 20,  # more than one chunk
+        return_logprob=True,
+        logprob_start_len=0,
+        return_text_in_logprobs=True,
+        sampling={"max_new_tokens": 0},
+        stream=stream,
+    )
+    (answer,) = events(response) if stream else [response.json()]
+    assert answer["text"] == ""
+    meta = answer["meta_info"]
+    assert meta["completion_tokens"] == 0
+    assert meta["input_token_logprobs"][0] == [None, 97, "a"]
+    assert [entry[0] for entry in meta["input_token_logprobs"][1:]] == [-0.5] * 79
+    assert "".join(entry[2] for entry in meta["input_token_logprobs"]) == "abcd" * 20
+    assert meta["output_token_logprobs"] == []
+
+
+def test_logprob_options_of_each_prompt(server):
+    answers = generate(
+        server,
+        text=["ab", "kl"],
+        return_logprob=True,
+        logprob_start_len=[0, -1],
+        top_logprobs_num=[0, 1],
+        token_ids_logprob=[[], [9]],
+    ).json()
+    first, second = (answer["meta_info"] for answer in answers)
+    assert len(first["input_token_logprobs"]) == 2
+    assert second["input_token_logprobs"] == []
+    assert "output_top_logprobs" not in first
+    assert "output_token_ids_logprobs" not in first
+    assert second["output_token_ids_logprobs"] == [[[-9.0, 9, None]]] * 3
+
+
+def test_siblings(server):
+    answers = generate(server, text=["a", "k"], sampling={"n": 2, "max_new_tokens": 1}, rid="r").json()
+    assert [answer["text"] for answer in answers] == ["b", "b", "l", "l"]
+    assert [answer["meta_info"]["id"] for answer in answers] == ["r_0_0", "r_0_1", "r_1_0", "r_1_1"]
+    assert len(generate(server, text="a", sampling={"n": 2}).json()) == 2
+    chunks = events(generate(server, text="a", sampling={"n": 3}, stream=True))
+    assert {chunk["index"] for chunk in chunks} == {0, 1, 2}
+
+
+def test_siblings_compute_the_prompt_once(server):
+    server.http.post("/flush_cache")
+    answers = generate(server, text="prompt of siblings" * 5, sampling={"n": 4}).json()
+    assert [answer["meta_info"]["cached_tokens"] for answer in answers] == [0, 88, 88, 88]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_regex_cuts_text_ids_and_logprobs(server, stream):
+    response = generate(
+        server, text="a", stream=stream, sampling={"max_new_tokens": 50, "stop_regex": ["x+y", "[e-g]{2}h"]}
+    )
+    answer = events(response)[-1] if stream else response.json()
+    assert answer["text"] == "bcde"
+    assert answer["meta_info"]["completion_tokens"] == 7
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": "[e-g]{2}h"}
+
+
 def test_stream_is_cumulative_with_a_chunk_per_token(server):
     chunks = events(generate(server, text="a", stream=True, return_logprob=True))
     assert [chunk["text"] for chunk in chunks] == ["b", "bc", "bcd"]
@@ -205,7 +279,12 @@ def test_ids_only(start):
         ({"text": "a", "sampling_params": "greedy"}, "sampling_params"),
         ({"text": "a", "return_logprob": "yes"}, "return_logprob"),
         ({"text": "a", "return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num"),
-        ({"text": "a", "logprob_start_len": 0}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "logprob_start_len": 2}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "logprob_start_len": "0"}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "token_ids_logprob": [fake_engine.VOCAB]}, "token_ids_logprob"),
+        ({"text": ["a", "b"], "return_logprob": True, "token_ids_logprob": [[1]]}, "token_ids_logprob"),
+        ({"text": ["a", "b"], "sampling_params": [{"n": 1}, {"n": 2}]}, "n"),
         ({"text": "a", "image_data": "x"}, "image_data"),
         ({"text": "a", "lora_path": "x"}, "lora_path"),
         ({"text": "a", "input_embeds": [[0.5]]}, "input_embeds"),
@@ -228,17 +307,26 @@ def test_ids_only(start):
                 ("stop_token_ids", ["a"]),
                 ("ignore_eos", 1),
                 ("stream_interval", 0),
-                ("n", 2),
-                ("min_p", 0.1),
-                ("min_new_tokens", 1),
-                ("frequency_penalty", 0.5),
-                ("presence_penalty", 0.5),
-                ("repetition_penalty", 1.1),
-                ("logit_bias", {"5": 1}),
+                ("n", 0),
+                ("n", 10**9),
+                ("min_p", 1.1),
+                ("min_p", "0.1"),
+                ("min_new_tokens", -1),
+                ("min_new_tokens", 129),
+                ("frequency_penalty", 2.5),
+                ("presence_penalty", -2.5),
+                ("repetition_penalty", 0),
+                ("repetition_penalty", 2.1),
+                ("logit_bias", {"a": 1}),
+                ("logit_bias", {"5": "1"}),
+                ("logit_bias", {str(fake_engine.VOCAB): 1}),
+                ("logit_bias", [1]),
                 ("json_schema", "{}"),
                 ("regex", "a"),
                 ("ebnf", "a"),
-                ("stop_regex", "a"),
+                ("stop_regex", "("),
+                ("stop_regex", "a*"),
+                ("stop_regex", 5),
                 ("temprature", 1),
             ]
         ),

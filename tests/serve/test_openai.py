@@ -61,6 +61,19 @@ def test_logprobs(client):
     assert [(top.token, top.logprob) for top in content[0].top_logprobs] == [("b", -0.5), ("c", -1.5)]
 
 
+def test_several_choices(client):
+    answer = ask(client, "a", n=2)
+    assert [(choice.index, choice.message.content) for choice in answer.choices] == [(0, "bcd"), (1, "bcd")]
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (1, 6)
+    chunks = list(ask(client, "a", n=2, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage.completion_tokens == 6
+    for index in (0, 1):
+        mine = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(choice.delta.content or "" for choice in mine) == "bcd"
+        assert mine[-1].finish_reason == "length"
+
+
 def test_stream(client):
     chunks = list(ask(client, "a", stream=True, stream_options={"include_usage": True}, logprobs=True))
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -109,12 +122,14 @@ def test_text_parts(client):
         ({"temperature": -0.1}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"seed": 0.5}, "seed"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"presence_penalty": 1}, "presence_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"stop_regex": "("}, "stop_regex"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usge": True}}, "include_usge"),
@@ -132,8 +147,8 @@ def test_bad_input_names_the_field(server, fields, field, stream):
 
 
 def test_the_official_client_shows_our_message(client):
-    with pytest.raises(openai.BadRequestError, match=r"n .other than 1. is not supported yet"):
-        ask(client, n=2)
+    with pytest.raises(openai.BadRequestError, match=r"n must be in 1..1024"):
+        ask(client, n=0)
 
 
 def test_content_type(server):

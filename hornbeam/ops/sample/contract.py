@@ -1,12 +1,16 @@
-"""Choosing ids from logits by Gumbel noise (Gumbel-max): argmax(logits / temperature + noise) samples the softmax.
+"""From logits to ids: penalties, thresholds that exclude unlikely tokens, and a choice by Gumbel noise.
 
-The noise of a token depends only on (seed, position, token id), so a request's text does not depend on what else
-is in its batch. All backends draw the same noise:
+Choosing argmax(logits / temperature + noise) samples the softmax (Gumbel-max). The noise of a token depends only on
+(seed, position, token id), so a request's text does not depend on what else is in its batch. All backends draw the
+same noise:
 
     mix(h)  = the 32-bit finalizer h ^= h >> 16; h *= 0x85EBCA6B; h ^= h >> 13; h *= 0xC2B2AE35; h ^= h >> 16
     key     = mix(mix(low word of seed) + high word of seed) ; then mix(key + 0x9E3779B9 * position)
     bits    = mix(key ^ mix(token id + 1))                        (all modulo 2^32)
     noise   = -log(-log(((bits >> 9) + 0.5) * 2^-23))
+
+What a row excludes is told by one number: tokens whose logit is below it. So tokens with equal logits stay or go
+together, and nothing has to be sorted.
 """
 
 from typing import Protocol
@@ -16,17 +20,44 @@ from torch import Tensor
 from hornbeam.core.registry import Registry
 from hornbeam.ops.query import OpQuery
 
+GENERATED = 2  # what one generated token adds to its entry in `counts`; a token of the prompt has the lowest bit set
+
 
 class Sample(Protocol):
-    """R rows, V vocabulary entries."""
+    """R rows, V vocabulary entries, S slots."""
 
     def supports(self, query: OpQuery) -> str | None:
         """None, or the reason why not."""
 
-    def sample(self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    def sample(
+        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None = None
+    ) -> Tensor:
         """[R] int64 ids from logits [R, V] (any float dtype; -inf excludes a token).
 
-        temperatures: [R] float32, 0 for argmax without noise (the lowest id wins a tie); seeds, positions: [R] int64.
+        temperatures: [R] float32, 0 for argmax without noise (the lowest id wins a tie); seeds, positions: [R] int64;
+        thresholds: [R] float32, logits below it are excluded.
+        """
+
+    def thresholds(
+        self, logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
+    ) -> Tensor:
+        """[R] float32: the lowest logits [R, V] that top-k, then top-p among the rest, and min-p keep.
+
+        Of the values that occur, the largest at or above which there are `top_k` tokens, or `top_p` of the mass
+        (Holtzman et al., 2020), or the lowest at or above the likeliest token's probability times `min_p`.
+        temperatures: [R] float32, 0 for greedy rows, which keep everything; top_ks: [R] int64, 0 for all; top_ps:
+        [R] float32, 1 for all; min_ps: [R] float32, 0 for all.
+        """
+
+    def penalize(
+        self, logits: Tensor, slots: Tensor, counts: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor
+    ) -> Tensor:
+        """[R, V] float32, new: logits [R, V] of `slots` [R] int64, made less likely by what the slots have seen.
+
+        counts: [S, V] int32, GENERATED for each time a token was generated, and 1 if it stands in the prompt.
+        A token that was seen at all has its logit divided by `repetition` if that is positive, else multiplied by it
+        (Keskar et al., 2019); then `frequency` is taken off for each time it was generated, and `presence` once.
+        All three: [R] float32; 1, 0 and 0 change nothing.
         """
 
 

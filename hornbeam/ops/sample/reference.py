@@ -1,9 +1,10 @@
-"""Gumbel-max sampling in plain torch."""
+"""Penalties, thresholds and Gumbel-max sampling in plain torch."""
 
 import torch
 from torch import Tensor
 
 from hornbeam.ops.query import OpQuery
+from hornbeam.ops.sample.contract import GENERATED
 
 _WORD = 0xFFFFFFFF
 
@@ -33,13 +34,44 @@ class ReferenceSample:
         """Always."""
         return None
 
-    def sample(self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    def sample(
+        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None = None
+    ) -> Tensor:
         """See `Sample`."""
         logits = logits.float()
+        if thresholds is not None:
+            logits = logits.masked_fill(logits < thresholds.unsqueeze(1), -torch.inf)
         random = temperatures > 0
         scaled = logits / torch.where(random, temperatures, 1.0).unsqueeze(1)
         noise = gumbel_noise(seeds, positions, logits.shape[1])
         return torch.where(random.unsqueeze(1), scaled + noise, logits).argmax(1)
+
+    def thresholds(
+        self, logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
+    ) -> Tensor:
+        """See `Sample`."""
+        ordered = logits.float().sort(-1, descending=True).values
+        everything = torch.full_like(temperatures, -torch.inf)
+        limited = (top_ks > 0) & (top_ks < logits.shape[1])
+        kth = ordered.gather(1, torch.where(limited, top_ks - 1, 0).unsqueeze(1)).squeeze(1)
+        lowest = torch.where(limited, kth, everything)
+        scaled = ordered / torch.where(temperatures > 0, temperatures, 1.0).unsqueeze(1)
+        probs = scaled.masked_fill(ordered < lowest.unsqueeze(1), -torch.inf).softmax(-1)
+        num_kept = ((probs.cumsum(-1) - probs) < top_ps.unsqueeze(1)).sum(-1).clamp(1)
+        nucleus = ordered.gather(1, (num_kept - 1).unsqueeze(1)).squeeze(1)
+        lowest = torch.maximum(lowest, torch.where(top_ps < 1, nucleus, everything))
+        lowest = torch.maximum(lowest, ordered[:, 0] + temperatures * min_ps.log())
+        return torch.where(temperatures > 0, lowest, everything)
+
+    def penalize(
+        self, logits: Tensor, slots: Tensor, counts: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor
+    ) -> Tensor:
+        """See `Sample`."""
+        seen, logits = counts[slots], logits.float()
+        generated = seen // GENERATED
+        factor = repetition.unsqueeze(1)
+        penalized = torch.where(seen > 0, torch.where(logits > 0, logits / factor, logits * factor), logits)
+        return penalized - frequency.unsqueeze(1) * generated - presence.unsqueeze(1) * (generated > 0)
 
 
 BACKEND = ReferenceSample()

@@ -1,4 +1,8 @@
-"""Gumbel-max sampling in two kernels: the best token of each stretch of the vocabulary, then the best of those."""
+"""Sampling without sorting: penalties in one pass, thresholds by search, then the best of logits and noise.
+
+The best is found in two kernels: of each stretch of the vocabulary, then of those. A threshold is found by one program
+per row, which looks at the row again and again, each time with a few pivots inside the interval that is left.
+"""
 
 import torch
 import triton
@@ -7,8 +11,10 @@ from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.query import OpQuery
+from hornbeam.ops.sample.contract import GENERATED
 
 _BLOCK = 4096  # vocabulary entries per program: one row alone already fills many multiprocessors
+_SEARCH_BLOCK = 4096  # vocabulary entries that a search looks at together
 
 
 @triton.jit
@@ -45,11 +51,13 @@ def _block_kernel(
     temperatures_ptr,
     seeds_ptr,
     positions_ptr,
+    thresholds_ptr,
     best_scores_ptr,
     best_ids_ptr,
     logits_stride,
     num_blocks,
     VOCAB_SIZE: tl.constexpr,
+    FILTERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The best of BLOCK tokens of one row."""
@@ -58,6 +66,8 @@ def _block_kernel(
     inside = tokens < VOCAB_SIZE
     scores = tl.load(logits_ptr + row * logits_stride + tokens, mask=inside, other=-float("inf")).to(tl.float32)
     temperature = tl.load(temperatures_ptr + row)
+    if FILTERED:
+        scores = tl.where(scores < tl.load(thresholds_ptr + row), -float("inf"), scores)
     if temperature > 0:
         noise = _gumbel_noise(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), tokens)
         scores = scores / temperature + noise
@@ -78,6 +88,139 @@ def _row_kernel(best_scores_ptr, best_ids_ptr, out_ptr, num_blocks, VOCAB_SIZE: 
     tl.store(out_ptr + row, token.to(tl.int64))
 
 
+@triton.jit
+def _tile(row_ptr, start, temperature, top, BY_MASS: tl.constexpr, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK logits of a row, and what each weighs: its share of the mass (1 for the likeliest token), or 1."""
+    tokens = start + tl.arange(0, BLOCK)
+    logits = tl.load(row_ptr + tokens, mask=tokens < VOCAB_SIZE, other=-float("inf")).to(tl.float32)
+    if BY_MASS:
+        return logits, tl.exp((logits - top) / temperature)
+    return logits, tl.where(tokens < VOCAB_SIZE, 1.0, 0.0)
+
+
+@triton.jit
+def _search(
+    row_ptr,
+    target,
+    low,
+    top,
+    temperature,
+    BY_MASS: tl.constexpr,
+    VOCAB_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The largest logit of a row, at least `low`, at or above which tokens weigh `target` together.
+
+    Tokens from `low` on weigh enough, those above `top`, the row's largest, nothing. Each pass splits the interval
+    [low, high) into four, and ends the search if only one value is left in it.
+    """
+    high = top + tl.maximum(tl.abs(top), 1e-30) * 1e-6  # above `top`, and so above every value
+    found = False
+    while not found:
+        step = (high - low) * 0.25
+        first, second, third = low + step, low + 2 * step, low + 3 * step
+        weights_first = tl.zeros((BLOCK,), tl.float32)
+        weights_second = tl.zeros((BLOCK,), tl.float32)
+        weights_third = tl.zeros((BLOCK,), tl.float32)
+        smallest = tl.full((BLOCK,), float("inf"), tl.float32)
+        largest = tl.full((BLOCK,), -float("inf"), tl.float32)
+        for start in range(0, VOCAB_SIZE, BLOCK):
+            logits, weights = _tile(row_ptr, start, temperature, top, BY_MASS, VOCAB_SIZE, BLOCK)
+            weights_first += tl.where(logits >= first, weights, 0.0)
+            weights_second += tl.where(logits >= second, weights, 0.0)
+            weights_third += tl.where(logits >= third, weights, 0.0)
+            smallest = tl.minimum(smallest, tl.where(logits >= low, logits, float("inf")))
+            largest = tl.maximum(largest, tl.where(logits < high, logits, -float("inf")))
+        lowest, highest = tl.min(smallest, 0), tl.max(largest, 0)
+        found = lowest >= highest
+        if found:
+            low = lowest
+        elif tl.sum(weights_third, 0) >= target:
+            low = third
+        elif tl.sum(weights_second, 0) >= target:
+            low, high = second, third
+        elif tl.sum(weights_first, 0) >= target:
+            low, high = first, second
+        else:
+            high = first
+    return low
+
+
+@triton.jit
+def _mass(row_ptr, low, top, temperature, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """What tokens from `low` on weigh together."""
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        logits, weights = _tile(row_ptr, start, temperature, top, True, VOCAB_SIZE, BLOCK)
+        sums += tl.where(logits >= low, weights, 0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def _threshold_kernel(
+    logits_ptr,
+    temperatures_ptr,
+    top_ks_ptr,
+    top_ps_ptr,
+    min_ps_ptr,
+    out_ptr,
+    logits_stride,
+    VOCAB_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The threshold of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * logits_stride
+    temperature, top_k = tl.load(temperatures_ptr + row), tl.load(top_ks_ptr + row)
+    top_p, min_p = tl.load(top_ps_ptr + row), tl.load(min_ps_ptr + row)
+    threshold = -float("inf")
+    if (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
+        largest = tl.full((BLOCK,), -float("inf"), tl.float32)
+        smallest = tl.full((BLOCK,), float("inf"), tl.float32)
+        for start in range(0, VOCAB_SIZE, BLOCK):
+            logits, _ = _tile(row_ptr, start, temperature, 0.0, False, VOCAB_SIZE, BLOCK)
+            largest = tl.maximum(largest, logits)
+            smallest = tl.minimum(smallest, tl.where(logits > -float("inf"), logits, float("inf")))
+        top, low = tl.max(largest, 0), tl.min(smallest, 0)
+        if (top_k > 0) & (top_k < VOCAB_SIZE):
+            low = _search(row_ptr, top_k.to(tl.float32), low, top, temperature, False, VOCAB_SIZE, BLOCK)
+            threshold = low
+        if top_p < 1:
+            target = top_p * _mass(row_ptr, low, top, temperature, VOCAB_SIZE, BLOCK)
+            threshold = _search(row_ptr, target, low, top, temperature, True, VOCAB_SIZE, BLOCK)
+        if min_p > 0:
+            threshold = tl.maximum(threshold, top + temperature * tl.log(min_p))
+    tl.store(out_ptr + row, threshold)
+
+
+@triton.jit
+def _penalty_kernel(
+    logits_ptr,
+    slots_ptr,
+    counts_ptr,
+    repetition_ptr,
+    frequency_ptr,
+    presence_ptr,
+    out_ptr,
+    logits_stride,
+    VOCAB_SIZE: tl.constexpr,
+    GENERATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK tokens of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    tokens = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = tokens < VOCAB_SIZE
+    logits = tl.load(logits_ptr + row * logits_stride + tokens, mask=inside).to(tl.float32)
+    seen = tl.load(counts_ptr + tl.load(slots_ptr + row) * VOCAB_SIZE + tokens, mask=inside, other=0)
+    repetition = tl.load(repetition_ptr + row)
+    generated = seen // GENERATED
+    scaled = tl.where(logits > 0, logits / repetition, logits * repetition)
+    logits = tl.where(seen > 0, scaled, logits) - tl.load(frequency_ptr + row) * generated.to(tl.float32)
+    logits -= tl.where(generated > 0, tl.load(presence_ptr + row), 0.0)
+    tl.store(out_ptr + row * VOCAB_SIZE + tokens, logits, mask=inside)
+
+
 class TritonSample:
     """See `Sample`."""
 
@@ -85,7 +228,9 @@ class TritonSample:
         """CUDA devices."""
         return needs_cuda(query)
 
-    def sample(self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    def sample(
+        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None = None
+    ) -> Tensor:
         """See `Sample`."""
         assert logits.stride(1) == 1, "a row's logits must be adjacent"
         num_rows, vocab_size = logits.shape
@@ -98,11 +243,13 @@ class TritonSample:
             temperatures,
             seeds,
             positions,
+            temperatures if thresholds is None else thresholds,  # not read without
             best_scores,
             best_ids,
             logits.stride(0),
             num_blocks,
             VOCAB_SIZE=vocab_size,
+            FILTERED=thresholds is not None,
             BLOCK=_BLOCK,
             num_warps=8,
         )
@@ -114,6 +261,50 @@ class TritonSample:
             VOCAB_SIZE=vocab_size,
             BLOCK=triton.next_power_of_2(num_blocks),
             num_warps=1,
+        )
+        return out
+
+    def thresholds(
+        self, logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
+    ) -> Tensor:
+        """See `Sample`."""
+        assert logits.stride(1) == 1, "a row's logits must be adjacent"
+        num_rows, vocab_size = logits.shape
+        out = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+        _threshold_kernel[(num_rows,)](
+            logits,
+            temperatures,
+            top_ks,
+            top_ps,
+            min_ps,
+            out,
+            logits.stride(0),
+            VOCAB_SIZE=vocab_size,
+            BLOCK=min(_SEARCH_BLOCK, triton.next_power_of_2(vocab_size)),
+            num_warps=16,
+        )
+        return out
+
+    def penalize(
+        self, logits: Tensor, slots: Tensor, counts: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor
+    ) -> Tensor:
+        """See `Sample`."""
+        assert logits.stride(1) == 1, "a row's logits must be adjacent"
+        num_rows, vocab_size = logits.shape
+        out = torch.empty((num_rows, vocab_size), dtype=torch.float32, device=logits.device)
+        _penalty_kernel[(num_rows, triton.cdiv(vocab_size, _BLOCK))](
+            logits,
+            slots,
+            counts,
+            repetition,
+            frequency,
+            presence,
+            out,
+            logits.stride(0),
+            VOCAB_SIZE=vocab_size,
+            GENERATED=GENERATED,
+            BLOCK=_BLOCK,
+            num_warps=8,
         )
         return out
 
