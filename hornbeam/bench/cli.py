@@ -11,11 +11,12 @@ from typing import Any
 from hornbeam import Engine, __version__
 from hornbeam.bench.offline import Measurement, measure
 from hornbeam.bench.scheduler import run_scheduler_benchmark
-from hornbeam.bench.simulate import Sessions, run_simulations
+from hornbeam.bench.simulate import Load, Sessions, burst, recorded, run_simulations, streams_and_a_long_prompt
 from hornbeam.bench.workloads import WORKLOADS, warm_up
 from hornbeam.config.flags import check_flags
 from hornbeam.core.errors import HornbeamError
 from hornbeam.engine.logs import set_up_logging
+from hornbeam.scheduler.record import read_record, replay
 from hornbeam.scheduler.waiting import POLICIES, RANDOM
 from hornbeam.serve.cli import add_flags
 
@@ -31,9 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "scheduler":
                 _print("\n".join(run_scheduler_benchmark()))
             case "simulate":
-                load = Sessions(num_sessions=values["sessions"], num_turns=values["turns"])
-                for line in run_simulations(values["policy"], load, values["cache_tokens"]):
+                for line in run_simulations(values["policy"], _load(values), values["cache_tokens"]):
                     _print(line)
+            case "replay":
+                with values["file"].open("rb") as file:
+                    stats = replay(read_record(file)).stats()
+                _print(f"the same plans; {stats.total_generated_tokens} tokens generated")
             case "offline":
                 names, scale, json_path = (values.pop(name) for name in ("workload", "scale", "json"))
                 if not 0 < scale <= 1:
@@ -97,15 +101,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     policies, load = (*POLICIES, RANDOM), Sessions()
     simulate.add_argument("--policy", nargs="+", choices=policies, default=policies, help="Default: all.")
+    simulate.add_argument(
+        "--load",
+        choices=("sessions", "long-prompt", "burst"),
+        default="sessions",
+        help="Sessions of several turns; streams, and then a prompt of 32,000 tokens; 512 requests at once.",
+    )
+    simulate.add_argument("--record", type=Path, metavar="FILE", help="The load of a recorded run (--record-schedule).")
     simulate.add_argument("--sessions", type=int, default=load.num_sessions, help="Default: %(default)s.")
     simulate.add_argument("--turns", type=int, default=load.num_turns, help="Per session. Default: %(default)s.")
     simulate.add_argument("--cache-tokens", type=int, default=100_000, help="In all. Default: %(default)s.")
+    command = commands.add_parser(
+        "replay",
+        help="whether the scheduler plans what it planned before",
+        description="Feeds a run (see --record-schedule) to the scheduler, without a model, and compares the plans.",
+    )
+    command.add_argument("file", type=Path)
     commands.add_parser(
         "scheduler",
         help="what scheduling costs, without a model",
         description="Times the planning of decode steps and the search for a prompt's prefix, and how they grow.",
     )
     return parser
+
+
+def _load(values: dict[str, Any]) -> Load:
+    if values["record"] is not None:
+        with values["record"].open("rb") as file:
+            return recorded(read_record(file))
+    match values["load"]:
+        case "long-prompt":
+            return streams_and_a_long_prompt()
+        case "burst":
+            return burst()
+    return Sessions(num_sessions=values["sessions"], num_turns=values["turns"]).draw(seed=0)
 
 
 def _table_row(run: Measurement) -> str:

@@ -19,7 +19,7 @@ FIRST_GUESS = 64.0  # generated tokens, before any request has ended
 LEARNING_RATE = 0.05  # weight of the latest request in the mean
 MAX_SLOWDOWN = 1.75  # of a step by prompts, where streams come first; leaves some of the factor 2 to chance
 DECODE_LEARNING_RATE = 0.2
-LEAST_SHARE = 32  # of the chunk size: smaller stretches cost more than they smooth
+LEAST_SHARE = 64  # of the chunk size: smaller stretches cost more than they smooth
 
 
 class OutputEstimate:

@@ -5,7 +5,8 @@ A change of the scheduler that is meant to change no decision must replay every 
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 import msgspec
@@ -14,7 +15,7 @@ from hornbeam.config.components import CacheOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import BadRequest, Overloaded
 from hornbeam.core.plan import StepPlan, StepResult
-from hornbeam.core.request import Request
+from hornbeam.core.request import Request, RequestOutput
 from hornbeam.scheduler.scheduler import PauseMode, Scheduler
 
 
@@ -31,9 +32,10 @@ class Made(msgspec.Struct, frozen=True, tag=True):
 
 
 class Submitted(msgspec.Struct, frozen=True, tag=True):
-    """`submit`, also of a request that was refused."""
+    """`submit`, also of a request that was refused; `at`: when, in seconds of some clock. Replays do not ask."""
 
     request: Request
+    at: float
 
 
 class Aborted(msgspec.Struct, frozen=True, tag=True):
@@ -101,7 +103,7 @@ class RecordingScheduler(Scheduler):
 
     def submit(self, request: Request) -> None:
         """See `Scheduler`."""
-        self._write(Submitted(request))
+        self._write(Submitted(request, time.monotonic()))
         super().submit(request)
 
     def abort(self, rid: str, *, keep_tokens: int | None = None, message: str = "Aborted") -> None:
@@ -152,8 +154,8 @@ def read_record(lines: Iterable[bytes]) -> Iterator[Entry]:
     return (decoder.decode(line) for line in lines)
 
 
-def replay(entries: Iterable[Entry]) -> Scheduler:
-    """Do again what a record says, with a scheduler of today, and return it.
+def replay(entries: Iterable[Entry], on_output: Callable[[RequestOutput], None] | None = None) -> Scheduler:
+    """Do again what a record says, with a scheduler of today, and return it. `on_output` gets what it tells.
 
     Raises:
         AssertionError: it plans something else; both plans are told.
@@ -168,7 +170,9 @@ def replay(entries: Iterable[Entry]) -> Scheduler:
             assert plan == entry.plan, f"line {number}: planned {plan}, recorded is {entry.plan}"
         else:
             _repeat(scheduler, entry)
-        scheduler.drain()
+        for output in scheduler.drain():
+            if on_output is not None:
+                on_output(output)
     return scheduler
 
 

@@ -1,9 +1,9 @@
 """Which requests are refused at once, and who is next among those that wait.
 
-Requests are ranked in batches: the oldest ones, up to `BATCH_SIZE`, in the order of the policy. A batch is used up
-before the next one is ranked, so a policy can let a request be overtaken by `BATCH_SIZE - 1` others at most, and the
-cost of ranking is paid once per batch. Priorities come before every policy, but not for ever: a request that
-`PATIENCE` later ones have overtaken comes before them all. So nobody starves, and no clock is asked.
+The oldest ones, up to `WINDOW`, are ranked in the order of the policy; when the first `ROUND` of them have gone, they
+are ranked again, as the cache has changed. That would let a policy starve the unlucky, so a request that as many later
+ones have overtaken as wait now goes next. Priorities come before every policy, but every `FAIR_SHARE`-th turn belongs
+to the oldest request, whatever its priority. So nobody starves, and no clock is asked.
 
 Knows no memory: how much of a request is cached is told by who makes the queue.
 """
@@ -20,13 +20,12 @@ from hornbeam.core.errors import BadRequest
 from hornbeam.core.request import Request
 from hornbeam.scheduler.state import RequestState
 
-# Sessions that share system prompts, twice the load that the cache and the device can carry: batches of 512 yield a
-# quarter more tokens than batches of 128; larger ones add little, and make the unlucky wait longer.
-BATCH_SIZE = 512
-PATIENCE = 1024
+WINDOW = 512
+ROUND = 64
+FAIR_SHARE = 64
 
 KnownPrefix = Callable[[RequestState], tuple[list[Node], int]]  # see `Memory.known_prefix`
-AGED = float("-inf")  # the precedence of a request that has been overtaken too often
+AGED = float("-inf")  # the precedence of a request whose turn it is in spite of its priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class Precedence:
         return request.priority if self.options.low_priority_first else -request.priority
 
     def now(self, state: RequestState) -> float:
-        """The same, of a request that may have waited too long."""
+        """The same, of a request that may have waited for long enough."""
         return AGED if state.aged else self.of(state.request)
 
 
@@ -117,7 +116,7 @@ class WaitingQueue:
         self._batch: list[RequestState] = []  # next one last
         self._by_age: list[tuple[int, int, RequestState]] = []  # a heap by arrival; some have left since
         self._num_pushed = 0
-        self._num_arrived = 0  # requests that ever came
+        self._num_arrived = self._num_left = 0  # requests that ever came, and turns that were taken
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -140,6 +139,7 @@ class WaitingQueue:
     def remove(self, state: RequestState) -> None:
         """It has been admitted, or has ended."""
         del self._waiting[state]
+        self._num_left += 1
         if self._batch and self._batch[-1] is state:
             self._batch.pop()
         elif state in self._batch:
@@ -147,10 +147,12 @@ class WaitingQueue:
 
     def head(self) -> RequestState | None:
         """Who is next; the same one until it is removed, or a request with precedence comes."""
-        self._age()
-        if not self._batch and self._waiting:
-            self._batch = self._rank_batch()
-        return self._batch[-1] if self._batch else None
+        if not self._waiting:
+            return None
+        if not self._batch:
+            self._rank_batch()
+        self._help_the_oldest()
+        return self._batch[-1]
 
     def displaced_by(self, request: Request) -> RequestState | None:
         """The last to be served, if it has not run yet and a new `request` has precedence over it."""
@@ -159,24 +161,29 @@ class WaitingQueue:
             return None
         return worst
 
-    def _age(self) -> None:
-        """The oldest goes next if too many that came later have left the queue before it."""
-        while self._by_age and self._by_age[0][2] not in self._waiting:
+    def _help_the_oldest(self) -> None:
+        while self._by_age[0][2] not in self._waiting:
             heapq.heappop(self._by_age)
-        if self._by_age:
-            oldest = self._by_age[0][2]
-            if not oldest.aged and self._num_arrived - oldest.arrival - len(self._waiting) >= PATIENCE:
+        oldest, first = self._by_age[0][2], self._batch[-1]
+        if self._precedence.now(oldest) > self._precedence.now(first):
+            if self._num_left % FAIR_SHARE == FAIR_SHARE - 1:
                 oldest.aged = True
-                self._batch.clear()
+                self._batch.append(oldest)
+        elif oldest is not first:
+            num_overtaken = self._num_arrived - oldest.arrival - len(self._waiting)
+            if num_overtaken >= max(ROUND, len(self._waiting)):
+                if oldest in self._batch:
+                    self._batch.remove(oldest)
+                self._batch.append(oldest)
 
-    def _rank_batch(self) -> list[RequestState]:
+    def _rank_batch(self) -> None:
         precedence = self._precedence.now
         states = sorted(self._waiting, key=lambda state: (precedence(state), not state.num_retractions, state.arrival))
         leading = precedence(states[0])
-        batch = [state for state in states[:BATCH_SIZE] if precedence(state) == leading]
-        begun = [state for state in batch if state.num_retractions]
-        fresh = self._rank([state for state in batch if not state.num_retractions], self._around)
-        return [*reversed(fresh), *reversed(begun)]
+        window = [state for state in states[:WINDOW] if precedence(state) == leading]
+        begun = [state for state in window if state.num_retractions]
+        fresh = self._rank([state for state in window if not state.num_retractions], self._around)
+        self._batch = [*reversed(fresh[:ROUND]), *reversed(begun)]
 
     def _shuffled(self, batch: list[RequestState], around: Surroundings) -> list[RequestState]:
         return self._random.sample(batch, len(batch))

@@ -36,7 +36,7 @@ def test_another_decision_is_found() -> None:
     simulation.run()
     entries = list(read_record(simulation.record.getvalue().splitlines()))
     index = next(index for index, entry in enumerate(entries) if isinstance(entry, Submitted))
-    entries[index] = Submitted(make("a", tokens_of(1, 19), 3))
+    entries[index] = Submitted(make("a", tokens_of(1, 19), 3), 0.0)
     with pytest.raises(AssertionError, match="planned StepPlan"):
         replay(entries)
 
