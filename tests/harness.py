@@ -27,6 +27,7 @@ class BuiltEngine:
 
     scheduler: Scheduler
     executor: Executor
+    num_groups: int  # of the cache
 
 
 def make_engine(path: Path, device: str = "cpu", **flags: Any) -> BuiltEngine:
@@ -47,14 +48,15 @@ def make_engine(path: Path, device: str = "cpu", **flags: Any) -> BuiltEngine:
         eos_ids=frozenset(),
         vocab_size=config.vocab_size,
     )
-    return BuiltEngine(scheduler=scheduler, executor=built.executor)
+    return BuiltEngine(scheduler=scheduler, executor=built.executor, num_groups=len(built.specs))
 
 
 class Sequence:
-    """One request in slot `slot`, whose pages are handed out in order from `first_page`."""
+    """One request in slot `slot`, whose pages in every group are handed out in order from `first_page`."""
 
-    def __init__(self, executor: Executor, slot: int, first_page: int, num_pages: int) -> None:
+    def __init__(self, executor: Executor, slot: int, first_page: int, num_pages: int, num_groups: int = 1) -> None:
         self._executor = executor
+        self._groups = range(num_groups)
         self._slot = slot
         self._len = 0
         self._step_id = 0
@@ -64,14 +66,14 @@ class Sequence:
         """Run the prompt in chunks; the logprobs of all ids after it."""
         size = chunk_size or len(ids)
         start = SlotStart(slot=self._slot, num_cached=0, sampling=GREEDY, seed=0, logprobs=EVERYTHING)
-        grant = PageGrant(slot=self._slot, group=0, first=0, page_ids=self._pages)
+        grants = tuple(PageGrant(slot=self._slot, group=i, first=0, page_ids=self._pages) for i in self._groups)
         logprobs: dict[int, float] = {}
         for begin in range(0, len(ids), size):
             piece = tuple(ids[begin : begin + size])
             last = begin + size >= len(ids)
             chunk = Chunk(slot=self._slot, start=begin, token_ids=piece, samples=last)
             first = begin == 0
-            logprobs = self._run(starts=(start,) * first, grants=(grant,) * first, chunks=(chunk,))
+            logprobs = self._run(starts=(start,) * first, grants=grants * first, chunks=(chunk,))
         self._len = len(ids)
         return logprobs
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from hornbeam.core.cache_spec import CacheSpec
-from hornbeam.core.errors import ConfigError
 
 
 class CachePool:
@@ -32,22 +31,6 @@ class CachePool:
         return self._layers[layer]
 
 
-def page_bytes(specs: tuple[CacheSpec, ...], page_size: int) -> int:
-    """Bytes of one page in all layers of all groups."""
-    return sum(spec.bytes_per_token(getattr(torch, spec.dtype).itemsize) * page_size for spec in specs)
-
-
-def pages_that_fit(budget: int, specs: tuple[CacheSpec, ...], page_size: int) -> int:
-    """How many pages fit in `budget` bytes, the padding page included.
-
-    Raises:
-        ConfigError: not even one request of a single page fits; the message has the numbers.
-    """
-    size = page_bytes(specs, page_size)
-    count = budget // size
-    if count < 2:
-        raise ConfigError(
-            f"{budget / 2**20:.0f} MiB are left for the key-value cache, and one page of {page_size} tokens takes "
-            f"{size / 2**20:.2f} MiB: raise --mem-fraction-static, or set --max-total-tokens"
-        )
-    return count
+def page_bytes(spec: CacheSpec, page_size: int) -> int:
+    """Bytes of one page in all layers of the group."""
+    return spec.bytes_per_token(getattr(torch, spec.dtype).itemsize) * page_size

@@ -24,6 +24,7 @@ class CacheOptions:
     memory_fraction: float  # of the device's memory, weights included
     radix: bool
     eviction_policy: str = "lru"  # "lfu", "slru", "priority"
+    window_ratio: float | None = None  # pages of windowed groups per page of the others; None: what they can use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

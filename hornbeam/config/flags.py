@@ -117,6 +117,12 @@ FLAGS: tuple[Flag, ...] = (
         type=float,
         help="Share of the device's memory for weights and key-value cache.",
     ),
+    Flag(
+        name="swa_full_tokens_ratio",
+        group="memory",
+        type=float,
+        help="Tokens kept by layers with a sliding window, per token kept by the others. Default: what they can use.",
+    ),
     Flag(name="disable_radix_cache", group="memory", type=bool, default=False, help="Do not reuse prefixes."),
     Flag(
         name="radix_eviction_policy",

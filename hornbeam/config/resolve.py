@@ -86,6 +86,7 @@ def resolve_engine(
             memory_fraction=pick("mem_fraction_static", platform.memory_fraction, why),
             radix=not pick("disable_radix_cache"),
             eviction_policy=pick("radix_eviction_policy"),
+            window_ratio=_window_ratio(resolver),
         ),
         scheduler=SchedulerOptions(
             max_running_requests=max_running,
@@ -136,6 +137,13 @@ def _conservativeness(resolver: _Resolver) -> float:
     if not 0 <= value < float("inf"):
         raise ConfigError(f"--schedule-conservativeness must be at least 0 and finite, not {value}")
     return value
+
+
+def _window_ratio(resolver: _Resolver) -> float | None:
+    ratio: float | None = resolver.pick("swa_full_tokens_ratio")
+    if ratio is not None and not 0 < ratio <= 1:
+        raise ConfigError(f"--swa-full-tokens-ratio must be above 0 and at most 1, not {ratio}")
+    return ratio
 
 
 def _preemption_gap(resolver: _Resolver) -> int | None:

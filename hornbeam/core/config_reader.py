@@ -15,11 +15,12 @@ class ConfigReader:
 
     values: Mapping[str, Any]
 
-    def size(self, name: str, default: int | None = None) -> int:
-        """A positive integer."""
+    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """An integer of at least `least`."""
         value = self._value(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"the config's {name} must be a positive integer, not {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise ConfigError(f"the config's {name} must be {kind}, not {value!r}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

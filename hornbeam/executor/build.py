@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hornbeam.cache.pool import CachePool, page_bytes, pages_that_fit
+from hornbeam.cache.pool import CachePool, page_bytes
+from hornbeam.cache.sizes import PageShares
 from hornbeam.comm.grid import Grid
 from hornbeam.config.components import EngineOptions
 from hornbeam.core.cache_spec import CacheSpec
@@ -71,7 +72,7 @@ def build_executor(
     # One page is enough to run the largest step on; its activations then stay in the allocator, so free means free.
     executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device))
     executor.warm_up(min(options.scheduler.chunked_prefill_size, options.model.context_len))
-    num_pages = (_num_pages(specs, options, platform),) * len(specs)
+    num_pages = _num_pages(specs, options, platform)
     with platform.tagged("kv"):
         executor.use_pool(CachePool(specs, num_pages, page_size, platform.device))
     if options.executor.graph_batch_sizes and kernels.decode_attention.captures:
@@ -149,22 +150,31 @@ def _load(
     return model.eval()
 
 
-def _num_pages(specs: tuple[CacheSpec, ...], options: EngineOptions, platform: Platform) -> int:
+def _num_pages(specs: tuple[CacheSpec, ...], options: EngineOptions, platform: Platform) -> tuple[int, ...]:
     """Pages of each group, the padding page included."""
-    page_size = options.cache.page_size
-    free, total = platform.free_memory()
+    page_size, num_slots = options.cache.page_size, options.scheduler.max_running_requests
+    shares = PageShares(
+        specs=specs,
+        page_bytes=tuple(page_bytes(spec, page_size) for spec in specs),
+        page_size=page_size,
+        num_slots=num_slots,
+        chunk_size=options.scheduler.chunked_prefill_size,
+        ratio=options.cache.window_ratio,
+    )
     if options.cache.max_total_tokens is not None:
-        count = -(-options.cache.max_total_tokens // page_size) + 1
+        count = -(-options.cache.max_total_tokens // page_size)
         why = "--max-total-tokens"
     else:
+        free, total = platform.free_memory()
         budget = free - int((1 - options.cache.memory_fraction) * total)
-        useful = options.scheduler.max_running_requests * -(-options.model.context_len // page_size) + 1
-        count = min(pages_that_fit(budget, specs, page_size), useful)
+        count = min(shares.that_fit(budget), num_slots * -(-options.model.context_len // page_size))
         why = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB were free, fraction {options.cache.memory_fraction}"
-    logger.info(
-        "key-value cache = %d tokens, %.2f GiB (%s)",
-        (count - 1) * page_size,
-        count * page_bytes(specs, page_size) / 2**30,
-        why,
+    pages = shares.pages(count)
+    windows = "".join(
+        f", of which layers with a window of {spec.window} keep {number * page_size}"
+        for spec, number in zip(specs, pages, strict=True)
+        if number < count
     )
-    return count
+    size = shares.num_bytes(count) / 2**30
+    logger.info("key-value cache = %d tokens%s, %.2f GiB (%s)", count * page_size, windows, size, why)
+    return tuple(number + 1 for number in pages)

@@ -4,12 +4,12 @@ The one place where a request's memory is taken and given back, and where it is 
 queues and policies.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 
 from hornbeam.cache.node import Holder, Node
 from hornbeam.cache.pages import PADDING_PAGE, PagePool
 from hornbeam.cache.prefix import PrefixTree
+from hornbeam.cache.sizes import least_beside_chunk, reuse_unit
 from hornbeam.config.components import CacheOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import ConfigError
@@ -44,7 +44,7 @@ class Memory:
         if min(num_pages) < 2:
             raise ConfigError(f"the cache has no room for a page of {page_size} tokens; raise --max-total-tokens")
         assert len(specs) == len(num_pages), "one pool per cache group"
-        self.unit = math.lcm(page_size, *(spec.reuse_granularity for spec in specs))
+        self.unit = reuse_unit(specs, page_size)
         self.num_slots = num_slots
         self._windows = {group: spec.window for group, spec in enumerate(specs) if spec.window is not None}
         # A group that keeps everything limits what a request can hold; a windowed one only how far it gets at a time.
@@ -60,8 +60,7 @@ class Memory:
 
     def _largest_chunk(self, window: int, num_tokens: int) -> int:
         """That one request can compute in a windowed group of `num_tokens` tokens."""
-        # It holds up to two windows, as nodes are cut no finer, and a unit and two pages for what is not aligned.
-        least = 2 * window + 2 * self.unit + 2 * self.page_size
+        least = least_beside_chunk(window, self.unit, self.page_size)
         if num_tokens < least + self.unit and num_tokens < self.max_total_tokens:
             raise ConfigError(
                 f"a cache group with a window of {window} tokens needs pages for {least + self.unit} tokens, "
@@ -92,8 +91,12 @@ class Memory:
     def has_room(self, num_left: Sequence[int], reserve: int) -> bool:
         """Whether prompts of which so many tokens are left fit now, and `reserve` tokens beside them."""
         for group in range(len(self._pools)):
-            most = self._windows[group] + self.chunk_size if group in self._windows else self.max_total_tokens
-            needed = reserve + sum(min(number, most) for number in num_left)
+            most, to_come = self.max_total_tokens, reserve
+            if group in self._windows:  # what is generated pushes out what lies behind the window
+                window = self._windows[group] + self.unit + self.page_size
+                most = window + self.chunk_size
+                to_come = min(reserve, window * (self.num_slots - self.num_free_slots))
+            needed = to_come + sum(min(number, most) for number in num_left)
             if needed > self._num_available_pages(group) * self.page_size:
                 return False
         return True

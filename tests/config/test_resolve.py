@@ -144,3 +144,11 @@ def test_environment() -> None:
     assert (environment.waiting_timeout, environment.running_timeout) == (2.5, None)
     with pytest.raises(ConfigError, match="HORNBEAM_REQ_RUNNING_TIMEOUT takes seconds"):
         read_environment({"HORNBEAM_REQ_RUNNING_TIMEOUT": "soon"})
+
+
+def test_the_share_of_windowed_layers() -> None:
+    assert resolve().cache.window_ratio is None
+    assert resolve(swa_full_tokens_ratio=0.5).cache.window_ratio == 0.5
+    for ratio in (0.0, 1.5):
+        with pytest.raises(ConfigError, match="--swa-full-tokens-ratio must be above 0"):
+            resolve(swa_full_tokens_ratio=ratio)

@@ -18,7 +18,7 @@ FLAG_NAMES = """
     max_total_tokens mem_fraction_static model_impl model_path page_size port prefill_attention_backend
     priority_scheduling_preemption_threshold radix_eviction_policy random_seed revision sampling_defaults
     schedule_conservativeness schedule_low_priority_values_first schedule_policy served_model_name
-    skip_tokenizer_init stream_interval tokenizer_path trust_remote_code
+    skip_tokenizer_init stream_interval swa_full_tokens_ratio tokenizer_path trust_remote_code
 """
 ENVIRONMENT_VARIABLES = """
     HORNBEAM_CACHE_DIR HORNBEAM_DISABLED_MODEL_ARCHS HORNBEAM_REQ_RUNNING_TIMEOUT HORNBEAM_REQ_WAITING_TIMEOUT

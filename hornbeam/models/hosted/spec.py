@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import Placement
+from hornbeam.core.windows import attention_specs
 from hornbeam.models.hosted.config import HostedConfig, HostedLayer
 
 if TYPE_CHECKING:
@@ -42,19 +43,9 @@ class HostedFamily:
         return survey(hf_config)
 
     def cache_specs(self, config: HostedConfig) -> tuple[CacheSpec, ...]:
-        """A group per window, those with full attention first; a window over everything is none."""
+        """A group per window; a window over everything is none."""
         windows = [_window(layer, config.context_len) for layer in config.layers]
-        row = (config.num_kv_heads, config.head_dim)
-        return tuple(
-            CacheSpec(
-                kind="full" if window is None else "window",
-                layers=tuple(layer for layer, other in enumerate(windows) if other == window),
-                row_shapes=(row, row),
-                dtype=config.dtype,
-                window=window,
-            )
-            for window in sorted(set(windows), key=lambda window: window or 0)
-        )
+        return attention_specs(windows, config.num_kv_heads, config.head_dim, config.dtype)
 
     def defaults(self, config: HostedConfig, platform: str) -> Mapping[str, Any]:
         """Nobody promises that these modules can be recorded."""

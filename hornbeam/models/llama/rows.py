@@ -21,15 +21,17 @@ class Row:
     multipliers: bool = False  # of embeddings, residuals, attention and logits, by the config
     paired_rotation: bool = False  # rows of queries and keys are ordered for a rotation of neighbours
     plain_layer_interval: int | None = None  # each so-many-th layer rotates nothing
-    window_switch: str | None = None  # the config's sliding_window counts only where this switch is on
+    # Layers whose window the config's sliding_window is, if it lists no kinds of layers; without "all" only where its
+    # use_sliding_window is on. last: from max_window_layers on; plain: those that rotate nothing
+    windows: Literal["all", "last", "plain"] = "all"
 
 
 ROWS: dict[str, Row] = {
     "LlamaForCausalLM": Row(),
     "MistralForCausalLM": Row(),
-    "Qwen2ForCausalLM": Row(qkv_bias=True, window_switch="use_sliding_window"),
-    "Qwen3ForCausalLM": Row(qk_norm="head", window_switch="use_sliding_window"),
-    "SmolLM3ForCausalLM": Row(tied_head=True, plain_layer_interval=4, window_switch="use_sliding_window"),
+    "Qwen2ForCausalLM": Row(qkv_bias=True, windows="last"),
+    "Qwen3ForCausalLM": Row(qk_norm="head", windows="last"),
+    "SmolLM3ForCausalLM": Row(tied_head=True, plain_layer_interval=4, windows="plain"),
     "Phi3ForCausalLM": Row(layout="fused"),
     "GraniteForCausalLM": Row(multipliers=True),
     "Olmo2ForCausalLM": Row(qk_norm="whole", post_norm=True),

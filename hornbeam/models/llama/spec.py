@@ -11,6 +11,7 @@ from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.config_reader import ConfigReader
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import ModelConfig, Placement
+from hornbeam.core.windows import attention_specs, parse_windows
 from hornbeam.models.llama.rows import ROWS, Layout, Row
 from hornbeam.models.llama.weights import weight_map
 from hornbeam.ops.rope.scaling import RopeSettings, YarnScaling, parse_rope
@@ -30,6 +31,7 @@ class LlamaConfig(ModelConfig):
     rms_norm_eps: float
     rope: RopeSettings
     rotary_layers: tuple[bool, ...]  # whether each layer rotates
+    windows: tuple[int | None, ...]  # of each layer; None: it sees everything
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool  # of attention
@@ -60,8 +62,9 @@ class LlamaFamily:
         rope = parse_rope(read, head_dim, context_len)
         if isinstance(rope.scaling, YarnScaling):
             context_len = max(context_len, int(rope.scaling.factor * rope.scaling.original_context_len))
-        _refuse_other_mathematics(read, row, context_len)
+        _refuse_other_mathematics(read)
         num_layers = read.size("num_hidden_layers")
+        rotary_layers = _rotary_layers(read, row, num_layers)
         attention_bias = read.switch("attention_bias")
         multiplier = _multipliers(read) if row.multipliers else {}
         return LlamaConfig(
@@ -80,7 +83,8 @@ class LlamaFamily:
             intermediate_size=read.size("intermediate_size"),
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
             rope=rope,
-            rotary_layers=_rotary_layers(read, row, num_layers),
+            rotary_layers=rotary_layers,
+            windows=_windows(read, row, rotary_layers, context_len),
             tie_word_embeddings=read.switch("tie_word_embeddings", row.tied_head),
             qkv_bias=attention_bias if row.qkv_bias is None else row.qkv_bias,
             output_bias=attention_bias and row.qkv_bias is None,
@@ -93,10 +97,8 @@ class LlamaFamily:
         )
 
     def cache_specs(self, config: LlamaConfig) -> tuple[CacheSpec, ...]:
-        """One group: every layer keeps keys and values of every token."""
-        row = (config.num_kv_heads, config.head_dim)
-        layers = tuple(range(config.num_layers))
-        return (CacheSpec(kind="full", layers=layers, row_shapes=(row, row), dtype=config.dtype),)
+        """One group, or two: layers keep keys and values of every token, or those of their window."""
+        return attention_specs(config.windows, config.num_kv_heads, config.head_dim, config.dtype)
 
     def defaults(self, config: LlamaConfig, platform: str) -> Mapping[str, Any]:
         """No preferences."""
@@ -116,24 +118,28 @@ class LlamaFamily:
 FAMILY = LlamaFamily()
 
 
-def _refuse_other_mathematics(read: ConfigReader, row: Row, context_len: int) -> None:
+def _refuse_other_mathematics(read: ConfigReader) -> None:
     read.only("hidden_act", "silu")
     read.only("bias", False)
     for unsupported in ("num_local_experts", "quantization_config"):
         read.only(unsupported, None)
-    if row.window_switch is not None and not read.switch(row.window_switch):
-        return
-    window = read.values.get("sliding_window")
-    if window is not None and window < context_len:  # a window over everything is none
-        raise ConfigError(
-            f"this family does not implement sliding_window = {window} yet; in contexts no longer than the window it "
-            f"makes no difference: --json-model-override-args '{{\"max_position_embeddings\": {window}}}'"
-        )
 
 
 def _multipliers(read: ConfigReader) -> dict[str, float]:
     names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
     return {name: read.number(name, 1.0) for name in names}
+
+
+def _windows(read: ConfigReader, row: Row, rotary_layers: tuple[bool, ...], context_len: int) -> tuple[int | None, ...]:
+    num_layers = len(rotary_layers)
+    if row.windows == "all":
+        return parse_windows(read, (True,) * num_layers, context_len)
+    if not read.switch("use_sliding_window"):
+        return (None,) * num_layers
+    if row.windows == "plain":
+        return parse_windows(read, [not rotates for rotates in rotary_layers], context_len)
+    first = read.size("max_window_layers", 28, least=0)
+    return parse_windows(read, [layer >= first for layer in range(num_layers)], context_len)
 
 
 def _rotary_layers(read: ConfigReader, row: Row, num_layers: int) -> tuple[bool, ...]:

@@ -44,11 +44,15 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "mistral": {"sliding_window": None},
     "mistral, wide window": {"sliding_window": 256},
+    "mistral, window": {"sliding_window": 20},
     "qwen2": {},
+    "qwen2, window": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
     "qwen3": {"head_dim": 24},
     "smollm3": {"num_hidden_layers": 4},
     "smollm3, own layers": {"no_rope_layers": [0, 1, 0], "tie_word_embeddings": False},
+    "smollm3, window": {"use_sliding_window": True, "sliding_window": 7, "no_rope_layers": [0, 1, 0]},
     "phi3": {"partial_rotary_factor": 0.5},
+    "phi3, window": {"sliding_window": 33},
     "phi3, longrope": {"rope_parameters": LONG, "original_max_position_embeddings": 32},
     "granite": GRANITE,
     "olmo2": {},
@@ -97,8 +101,8 @@ def reference(folder: Path) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("chunk_size", [None, 16, 7])
 def test_logprobs_equal_the_reference(checkpoint: Path, chunk_size: int | None) -> None:
-    executor = make_engine(checkpoint).executor
-    sequence = Sequence(executor, slot=1, first_page=3, num_pages=8)
+    engine = make_engine(checkpoint)
+    sequence = Sequence(engine.executor, slot=1, first_page=3, num_pages=8, num_groups=engine.num_groups)
     rows = [as_tensor(sequence.prefill(PROMPT, chunk_size))]
     rows += [as_tensor(sequence.decode()) for _ in range(NUM_NEW - 1)]
     for row, expected in zip(rows, reference(checkpoint), strict=True):

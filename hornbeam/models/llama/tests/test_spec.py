@@ -63,7 +63,9 @@ def test_both_spellings_of_rotary_settings(settings: dict[str, Any], theta: floa
         ({"rope_parameters": {"partial_rotary_factor": 0.4}}, "rotary_dim = 3"),
         ({"rotary_dim": 16}, "rotary_dim = 16"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": 2}}, "list of 4 numbers"),
-        ({"sliding_window": 32}, "sliding_window = 32"),
+        ({"sliding_window": 0}, "sliding_window must be a positive integer"),
+        ({"sliding_window": 32, "layer_types": ["full_attention"] * 3}, "layer_types must be 2 of"),
+        ({"sliding_window": 32, "layer_types": ["full_attention", "chunked"]}, "layer_types must be 2 of"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"hidden_size": None}, "lacks hidden_size"),
@@ -81,12 +83,46 @@ def test_what_is_not_implemented_is_refused_by_name(settings: dict[str, Any], re
 
 
 @pytest.mark.pure
-def test_a_window_that_hides_nothing_is_none() -> None:
-    assert FAMILY.parse(BASE | {"architectures": ["MistralForCausalLM"], "sliding_window": 64}).context_len == 64
-    switched = BASE | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32}
-    assert FAMILY.parse(switched | {"use_sliding_window": False}).qkv_bias
-    with pytest.raises(ConfigError, match="sliding_window = 32"):
-        FAMILY.parse(switched | {"use_sliding_window": True})
+@pytest.mark.parametrize(
+    ("architecture", "settings", "windows"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 32}, (32, 32, 32)),
+        ("MistralForCausalLM", {"sliding_window": 64}, (None, None, None)),  # it hides nothing
+        ("MistralForCausalLM", {"sliding_window": None}, (None, None, None)),
+        ("Phi3ForCausalLM", {"sliding_window": 32}, (32, 32, 32)),
+        ("Qwen2ForCausalLM", {"sliding_window": 32}, (None, None, None)),
+        ("Qwen2ForCausalLM", {"sliding_window": 32, "use_sliding_window": True}, (None, None, None)),
+        (
+            "Qwen2ForCausalLM",
+            {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 0},
+            (32, 32, 32),
+        ),
+        (
+            "Qwen3ForCausalLM",
+            {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2},
+            (None, None, 32),
+        ),
+        (
+            "Qwen2ForCausalLM",
+            {
+                "sliding_window": 32,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            },
+            (32, None, None),
+        ),
+        (
+            "SmolLM3ForCausalLM",
+            {"sliding_window": 32, "use_sliding_window": True, "no_rope_layers": [1, 0, 1]},
+            (None, 32, None),
+        ),
+    ],
+)
+def test_windows(architecture: str, settings: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    config = FAMILY.parse(BASE | {"architectures": [architecture], "num_hidden_layers": 3} | settings)
+    assert config.windows == windows
+    groups = {(spec.window, layer) for spec in FAMILY.cache_specs(config) for layer in spec.layers}
+    assert groups == {(window, layer) for layer, window in enumerate(windows)}
 
 
 @pytest.mark.pure
