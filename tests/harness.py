@@ -1,6 +1,6 @@
 """Runs a checkpoint's model step by step without scheduler or engine, to compare its logits with a reference."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,11 @@ import torch
 from hornbeam.config.flags import check_flags
 from hornbeam.config.resolve import resolve_engine
 from hornbeam.core.plan import Chunk, PageGrant, SlotStart, StepPlan
-from hornbeam.core.request import LogprobOptions, SamplingParams
+from hornbeam.core.request import LogprobOptions, Request, RequestOutput, SamplingParams, TokenLogprobs
 from hornbeam.executor.build import build_executor
 from hornbeam.executor.executor import Executor
 from hornbeam.models.index import find_family
+from hornbeam.platforms.contract import Pending
 from hornbeam.platforms.index import PLATFORMS
 from hornbeam.scheduler.scheduler import Scheduler
 from hornbeam.weights.checkpoint import open_checkpoint
@@ -49,6 +50,39 @@ def make_engine(path: Path, device: str = "cpu", **flags: Any) -> BuiltEngine:
         vocab_size=config.vocab_size,
     )
     return BuiltEngine(scheduler=scheduler, executor=built.executor, num_groups=len(built.specs))
+
+
+@dataclass(slots=True)
+class Generated:
+    """What one request has yielded."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    input_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    last: RequestOutput | None = None
+
+
+def run(engine: BuiltEngine, requests: list[Request], depth: int = 2) -> dict[str, Generated]:
+    """Submit all at once and step with up to `depth` steps under way."""
+    scheduler, executor = engine.scheduler, engine.executor
+    for request in requests:
+        scheduler.submit(request)
+    results = {request.rid: Generated() for request in requests}
+    under_way: list[Pending[Any]] = []
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        if plan is not None:
+            under_way.append(executor.launch(plan))
+        if plan is None or len(under_way) == depth:
+            scheduler.apply(under_way.pop(0).result())
+        for output in scheduler.drain():
+            result = results[output.rid]
+            result.token_ids += output.token_ids
+            result.logprobs += output.logprobs
+            result.input_logprobs += output.input_logprobs
+            result.last = output
+    scheduler.check()
+    return results
 
 
 class Sequence:

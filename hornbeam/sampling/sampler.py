@@ -54,6 +54,7 @@ class Sampler:
 
     def pack(self, starts: Sequence[SlotStart]) -> dict[str, np.ndarray]:
         """Remember on the host what the requests that start use; what `start` must be given, all 64 bits wide."""
+        biased_before = self._biased.intersection(start.slot for start in starts)  # whose lists must be emptied
         for users in (self._filtered, self._penalized, self._biased):
             users.difference_update(start.slot for start in starts)
         for start in starts:
@@ -67,9 +68,10 @@ class Sampler:
         if penalized := [start for start in starts if start.sampling.penalizes]:
             self._penalized.update(start.slot for start in penalized)
             packing |= _prefixed("penalties", self._penalties.pack(penalized))
-        if biased := [start for start in starts if start.banned_ids or start.sampling.logit_bias]:
-            self._biased.update(start.slot for start in biased)
-            packing |= _prefixed("biases", self._biases.pack(biased))
+        biased = [start for start in starts if start.banned_ids or start.sampling.logit_bias]
+        self._biased.update(start.slot for start in biased)
+        if listed := biased + [start for start in starts if start.slot in biased_before - self._biased]:
+            packing |= _prefixed("biases", self._biases.pack(listed))
         if options := {start.slot: start.logprobs for start in starts if start.logprobs is not None}:
             self._options.update(options)
             packing |= _prefixed("logprobs", self._logprobs.pack(options))

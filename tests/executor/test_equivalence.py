@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 import torch
 from harness import BuiltEngine, make_engine
@@ -12,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hornbeam.core.errors import FamilyUnavailable
 from hornbeam.core.request import Request, SamplingParams
-from hornbeam.platforms.contract import Pending
 
 pytestmark = pytest.mark.cpu
 
@@ -50,22 +50,8 @@ def make_requests(temperature: float = 0.0) -> list[Request]:
 
 
 def run(engine: BuiltEngine, requests: list[Request], depth: int = 2) -> dict[str, list[int]]:
-    """Submit all at once and step with up to `depth` steps under way; generated ids by request."""
-    scheduler, executor = engine.scheduler, engine.executor
-    for request in requests:
-        scheduler.submit(request)
-    outputs: dict[str, list[int]] = {request.rid: [] for request in requests}
-    under_way: list[Pending[Any]] = []
-    while scheduler.has_work:
-        plan = scheduler.plan()
-        if plan is not None:
-            under_way.append(executor.launch(plan))
-        if plan is None or len(under_way) == depth:
-            scheduler.apply(under_way.pop(0).result())
-        for output in scheduler.drain():
-            outputs[output.rid] += output.token_ids
-    scheduler.check()
-    return outputs
+    """Generated ids by request."""
+    return {rid: result.token_ids for rid, result in harness.run(engine, requests, depth).items()}
 
 
 @pytest.fixture(scope="module")

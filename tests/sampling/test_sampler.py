@@ -152,6 +152,16 @@ def test_a_ban_ends_at_its_position_and_biases_do_not() -> None:
     assert draw(sampler, logits, [0], [6]) == [2], "the slot's next request has no biases"
 
 
+def test_what_a_slot_was_used_for_before_does_not_count_beside_others() -> None:
+    logits = torch.zeros(2, 5)
+    logits[:, 2] = 1.0
+    greedy = SamplingParams(temperature=0)
+    biased = SamplingParams(temperature=0, logit_bias=((4, 9.0),), presence_penalty=2.0)
+    sampler = make_sampler(biased, biased, vocab_size=5, prompt_ids=(2,), generated_ids=(2,))
+    start(sampler, SlotStart(slot=0, num_cached=0, sampling=greedy, seed=1))
+    assert draw(sampler, logits, [0, 1], [6, 6]) == [2, 4]
+
+
 def plain_penalties(logits: list[float], prompt: tuple[int, ...], generated: list[int], params: SamplingParams) -> list:
     """The definition, token by token."""
     result = []
