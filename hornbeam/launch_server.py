@@ -1,8 +1,6 @@
 """`python -m hornbeam.launch_server` equals `hornbeam serve`."""
 
-import sys
-
-from hornbeam.serve.cli import main
+from hornbeam.serve.cli import run_module
 
 if __name__ == "__main__":
-    sys.exit(main(["serve", *sys.argv[1:]]))
+    run_module("serve")

@@ -3,11 +3,21 @@
 Names, aliases and meanings follow SGLang's where the feature is the same, so that scripts keep working.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hornbeam.config.absent import ABSENT, dashed, refuse_absent
 from hornbeam.core.errors import ConfigError
+
+GROUPS = {  # in the order in which help shows them
+    "model": "Which model is served, and how it is read.",
+    "server": "The HTTP side.",
+    "memory": "The key-value cache and its prefixes.",
+    "scheduling": "Which requests run, and how many at once.",
+    "device": "Where and by which kernels.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +236,14 @@ FLAGS: tuple[Flag, ...] = (
         default=False,
         help="Read a prefix that running requests share once for each of them.",
     ),
-    Flag(name="disable_cuda_graph", group="device", type=bool, default=False, help="Launch decode kernels one by one."),
+    Flag(
+        name="disable_cuda_graph",
+        group="device",
+        aliases=("disable_decode_cuda_graph",),
+        type=bool,
+        default=False,
+        help="Launch decode kernels one by one.",
+    ),
     Flag(
         name="cuda_graph_bs",
         group="device",
@@ -256,10 +273,13 @@ def check_flags(values: Mapping[str, Any]) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for name, value in values.items():
         flag = _BY_NAME.get(name)
-        if flag is None:
-            raise ConfigError(f"unknown option {name!r}; the options are: {', '.join(f.name for f in FLAGS)}")
         if value is None:
             continue
+        if flag is None and name in ABSENT:
+            refuse_absent(name, value)
+            continue
+        if flag is None:
+            raise ConfigError(f"unknown option {name!r}{nearest(name, _BY_NAME)}; docs/flags.md lists all")
         accepted: tuple[type, ...] = (int, float) if flag.type is float else (flag.type,)
         items = value if flag.many and isinstance(value, (list, tuple)) else (value,)
         for item in items:
@@ -269,3 +289,9 @@ def check_flags(values: Mapping[str, Any]) -> dict[str, Any]:
                 raise ConfigError(f"{name} must be one of {', '.join(map(str, flag.choices))}, not {item!r}")
         checked[flag.name] = tuple(items) if flag.many else value
     return checked
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint for whoever mistyped: the flag that looks most like `name`, or nothing."""
+    found = difflib.get_close_matches(name, names, n=1)
+    return f" (is {dashed(found[0])} meant?)" if found else ""

@@ -4,10 +4,13 @@ import dataclasses
 import importlib
 
 import pytest
+from source_tree import ROOT
 
 import hornbeam
+from hornbeam.config.absent import ABSENT
 from hornbeam.config.environment import VARIABLES
-from hornbeam.config.flags import FLAGS
+from hornbeam.config.flags import FLAGS, GROUPS
+from hornbeam.config.flags_page import flags_page
 
 FLAG_NAMES = """
     abort_on_priority_when_disabled admin_api_key api_key attention_backend chat_template chunked_prefill_size
@@ -62,6 +65,20 @@ def fields_of(target: str) -> list[str]:
 @pytest.mark.pure
 def test_flags() -> None:
     assert sorted(flag.name for flag in FLAGS) == FLAG_NAMES.split()
+
+
+@pytest.mark.pure
+def test_a_flag_exists_or_does_not() -> None:
+    names = {name for flag in FLAGS for name in (flag.name, *flag.aliases)}
+    assert sorted(names.intersection(ABSENT)) == [], "take these, which exist now, out of config/absent.py"
+    nearest = {name for absent in ABSENT.values() for name in absent.nearest.split(", ") if name}
+    assert nearest <= names
+    assert {flag.group for flag in FLAGS} == GROUPS.keys()
+
+
+@pytest.mark.pure
+def test_the_page_of_flags_is_current() -> None:
+    assert (ROOT / "docs/flags.md").read_text("utf-8") == flags_page(), "run: make docs"
 
 
 @pytest.mark.pure
