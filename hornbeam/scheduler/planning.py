@@ -17,8 +17,9 @@ from hornbeam.scheduler.waiting import Precedence, WaitingQueue
 GRANT_TOKENS = 16
 FIRST_GUESS = 64.0  # generated tokens, before any request has ended
 LEARNING_RATE = 0.05  # weight of the latest request in the mean
-MAX_SLOWDOWN = 1.75  # of a step by prompts, where streams come first; leaves some of the factor 2 to chance
-DECODE_LEARNING_RATE = 0.2
+MAX_SLOWDOWN = 1.5  # of a step by prompts, where streams come first: a factor of 2 is what they may notice
+PACE_LEARNING_RATE = 0.2
+FEW = 4  # prompts that wait, beside any number of streams
 LEAST_SHARE = 64  # of the chunk size: smaller stretches cost more than they smooth
 
 
@@ -47,30 +48,39 @@ class OutputEstimate:
 class Pace:
     """How many prompt tokens a step may have for the streams that run to go on at a steady pace.
 
-    Steps of decode rows alone tell what the streams are used to, mixed ones what prompt tokens cost. From one mixed
-    step to the next the limit moves in proportion to the time that was left or overdrawn: as time grows no faster than
-    the number of tokens, that never overshoots. Knows no clock: what it learns from is part of a record.
+    Steps of decode rows alone tell what the streams are used to; where even the fewest prompt tokens take longer, that
+    is what cannot be helped. From one mixed step to the next the limit moves in proportion to the time that was left
+    or overdrawn: as time grows no faster than the number of tokens, that never overshoots. Knows no clock: what it
+    learns from is part of a record.
     """
 
     def __init__(self, chunk_size: int) -> None:
         self._least = max(1, chunk_size // LEAST_SHARE)
         self._limit = float(self._least)
-        self.decode_seconds: float | None = None  # of a step
+        self._least_seconds = 0.0  # of a step with the fewest prompt tokens
+        self.decode_seconds = 0.0  # of a step without any; 0: not known yet
 
     @property
     def max_prompt_tokens(self) -> int | None:
         """Of a mixed step; None as long as nothing is known."""
-        return None if self.decode_seconds is None else int(self._limit)
+        return int(self._limit) if self.decode_seconds else None
 
     def learn(self, num_decode: int, num_prompt: int, seconds: float) -> None:
         """A step of so many decode rows and prompt tokens took so long."""
         if num_prompt == 0:
-            known = self.decode_seconds or seconds
-            self.decode_seconds = known + DECODE_LEARNING_RATE * (min(seconds, 2 * known) - known)
-        elif num_decode and self.decode_seconds is not None:
-            fair = num_prompt * min(2.0, MAX_SLOWDOWN * self.decode_seconds / seconds)
+            self.decode_seconds = _approach(self.decode_seconds, seconds)
+        elif num_decode and self.decode_seconds:
+            if num_prompt <= self._least:
+                self._least_seconds = _approach(self._least_seconds, seconds)
+            allowed = MAX_SLOWDOWN * max(self.decode_seconds, self._least_seconds)
+            fair = num_prompt * min(2.0, allowed / seconds)
             is_slow = fair < num_prompt
             self._limit = max(self._least, min(self._limit, fair) if is_slow else max(self._limit, fair))
+
+
+def _approach(known: float, seconds: float) -> float:
+    """Trust a new time a little, and one that is out of the ordinary less."""
+    return known + PACE_LEARNING_RATE * (min(seconds, 2 * known) - known) if known else seconds
 
 
 class Planner:
@@ -154,9 +164,10 @@ class Planner:
             budget -= num_tokens
 
     def _prompt_budget(self) -> int:
-        """Prompt tokens of the next step. Streams set the pace, unless more requests wait for their first token."""
-        limit, num_waiting = self.pace.max_prompt_tokens, len(self._running.prefilling) + len(self._queue)
-        if limit is None or num_waiting > len(self._running.decoding):
+        """Prompt tokens of the next step. Streams set the pace, unless so many wait that throughput counts."""
+        limit, num_streams = self.pace.max_prompt_tokens, len(self._running.decoding)
+        num_waiting = len(self._running.prefilling) + len(self._queue)
+        if limit is None or not num_streams or num_waiting > max(FEW, num_streams // FEW):
             return self._memory.chunk_size
         return min(self._memory.chunk_size, max(limit, self._memory.unit))
 

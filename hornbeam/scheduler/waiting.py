@@ -21,7 +21,7 @@ from hornbeam.core.request import Request
 from hornbeam.scheduler.state import RequestState
 
 WINDOW = 512
-ROUND = 64
+ROUND = 32
 FAIR_SHARE = 64
 
 KnownPrefix = Callable[[RequestState], tuple[list[Node], int]]  # see `Memory.known_prefix`
@@ -64,12 +64,16 @@ def _longest_prefix_first(batch: list[RequestState], around: Surroundings) -> li
 
 
 def _heaviest_branch_first(batch: list[RequestState], around: Surroundings) -> list[RequestState]:
-    """Depth first through the tree; where it branches, the side on which more requests wait comes first."""
-    paths = {state: around.known(state)[0] for state in batch}
-    weights = Counter(node for path in paths.values() for node in path)
+    """Depth first through the tree; where it branches, the side whose requests use more, by head, comes first."""
+    found = {state: around.known(state) for state in batch}
+    uses: dict[Node, list[int]] = {}
+    for path, length in found.values():
+        for node in path:
+            uses.setdefault(node, []).append(length)
+    weights = {node: (-sum(lengths) / len(lengths), -len(lengths)) for node, lengths in uses.items()}
     order = {node: index for index, node in enumerate(weights)}
     # What ends at a node comes after what goes deeper from there.
-    turns = {state: [*((-weights[node], order[node]) for node in path), (1, 0)] for state, path in paths.items()}
+    turns = {state: [*((*weights[node], order[node]) for node in path), (1,)] for state, (path, _) in found.items()}
     return sorted(batch, key=lambda state: (turns[state], state.tokens))
 
 
