@@ -3,7 +3,6 @@
 Knows no engine and no HTTP.
 """
 
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -17,9 +16,7 @@ from hornbeam.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_SAMPLING_KEYS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}.intersection(
-    field.name for field in dataclasses.fields(SamplingParams)
-)
+_SAMPLING_KEYS = ("min_p", "repetition_penalty", "temperature", "top_k", "top_p")
 _TOOL_TEMPLATE = "tool_use"
 
 
@@ -30,7 +27,7 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: one is no number, or out of its range.
     """
     get = generation_config.get
-    given: dict[str, Any] = {name: get(name) for name in sorted(_SAMPLING_KEYS) if get(name) is not None}
+    given: dict[str, Any] = {name: get(name) for name in _SAMPLING_KEYS if get(name) is not None}
     if given.get("top_k") == 0:
         given["top_k"] = -1  # off
     for name, value in given.items():

@@ -88,7 +88,7 @@ def test_requests_come_before_the_model_and_the_model_before_the_api():
     )
 
     def sampling(**fields):
-        return parse_chat({"messages": MESSAGES, **fields}, serving).request.sampling
+        return parse_chat({"messages": MESSAGES, **fields}, serving).requests[0].sampling
 
     assert (sampling().temperature, sampling().top_p) == (0.6, 1.0)
     assert sampling(temperature=None).temperature == 0.6
