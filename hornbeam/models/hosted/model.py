@@ -65,7 +65,8 @@ class HostedModel(nn.Module):
         if self._scales[layer] != 1:
             q = q * self._scales[layer]
         v = F.pad(v, (0, k.shape[-1] - self._value_dim))
-        return self._attention[layer].attend(q, k, v, None, None, fwd)[None, ..., : self._value_dim]
+        rows = self._attention[layer].attend(q, k, v, None, None, fwd, settings.get("s_aux"))
+        return rows[None, ..., : self._value_dim]
 
     @torch.inference_mode()
     def _refuse_mixing(self, vocab_size: int) -> None:

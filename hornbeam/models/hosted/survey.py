@@ -18,10 +18,11 @@ from hornbeam.core.errors import ConfigError
 from hornbeam.models.hosted.attention import IMPLEMENTATION, Hook, register
 from hornbeam.models.hosted.config import HostedConfig, HostedLayer
 
-# Arguments of attention calls that leave its result as it is
-_HARMLESS = {
-    *("dropout", "is_causal", "layer_idx", "position_embeddings", "position_ids", "cache_position", "scaling"),
-    *("sliding_window", "training", "use_cache", "return_dict"),
+# Arguments of attention calls that we know, and those that leave its result as it is
+_KNOWN = {
+    *("scaling", "sliding_window", "softcap", "s_aux"),
+    *("dropout", "is_causal", "layer_idx", "position_embeddings", "position_ids", "cache_position", "training"),
+    *("use_cache", "return_dict"),
     *("output_attentions", "output_hidden_states", "output_router_logits"),
 }
 _NUM_TOKENS = 3
@@ -36,12 +37,12 @@ def survey(hf_config: Mapping[str, Any]) -> HostedConfig:
     _refuse_settings(config)
     calls = _follow(config)
     _check_coverage(config, calls)
-    shapes = {(call.num_heads, call.num_kv_heads, call.head_dim, call.value_dim) for call in calls}
+    shapes = {call.shape for call in calls}
     if len(shapes) != 1:
-        raise ConfigError("its layers differ in heads or their sizes, which is not supported")
-    ((num_heads, num_kv_heads, head_dim, value_dim),) = shapes
-    if value_dim > head_dim or num_heads % num_kv_heads:
-        raise ConfigError(f"{num_heads} heads of {head_dim} over {num_kv_heads} of {value_dim} are not supported")
+        raise ConfigError("its layers differ in heads, their sizes or soft caps, which is not supported")
+    (shape,) = shapes
+    if shape.value_dim > shape.head_dim or shape.num_heads % shape.num_kv_heads:
+        raise ConfigError(f"its heads are not supported: {shape}")
     return HostedConfig(
         architecture=model_class.__name__,
         num_layers=len(calls),
@@ -49,10 +50,12 @@ def survey(hf_config: Mapping[str, Any]) -> HostedConfig:
         attention_scale=calls[0].layer.scale,
         hf_config=hf_config,
         layers=tuple(call.layer for call in calls),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
+        attention_soft_cap=shape.soft_cap,
+        attention_sinks=shape.sinks,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        value_dim=shape.value_dim,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         context_len=config.max_position_embeddings,
@@ -96,12 +99,19 @@ def body_name(model: PreTrainedModel) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
-    layer: HostedLayer
+class _Shape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
+    soft_cap: float | None
+    sinks: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    layer: HostedLayer
+    shape: _Shape
 
 
 def _follow(config: PreTrainedConfig) -> list[_Call]:
@@ -117,8 +127,15 @@ def _follow(config: PreTrainedConfig) -> list[_Call]:
             scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
             window=settings.get("sliding_window"),
         )
-        sizes = {"head_dim": query.shape[-1], "value_dim": value.shape[-1]}
-        calls.append(_Call(layer=layer, num_heads=query.shape[1], num_kv_heads=key.shape[1], **sizes))
+        shape = _Shape(
+            num_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            head_dim=query.shape[-1],
+            value_dim=value.shape[-1],
+            soft_cap=settings.get("softcap"),
+            sinks=settings.get("s_aux") is not None,
+        )
+        calls.append(_Call(layer=layer, shape=shape))
         return value.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
 
     try:
@@ -156,7 +173,7 @@ def _refuse_settings(config: PreTrainedConfig) -> None:
 
 
 def _refuse_call(module: nn.Module, settings: Mapping[str, Any]) -> None:
-    unknown = [name for name, value in settings.items() if name not in _HARMLESS and not _is_unset(value)]
+    unknown = [name for name, value in settings.items() if name not in _KNOWN and not _is_unset(value)]
     if unknown:
         raise ConfigError(f"its attention takes {', '.join(sorted(unknown))}, which is not supported")
     if not settings.get("is_causal", getattr(module, "is_causal", True)):
