@@ -10,6 +10,7 @@ _COMMANDS = {  # name -> (where it is; what it does)
     "offline": ("hornbeam.bench.offline_run:main", "fixed workloads on an engine in this process"),
     "simulate": ("hornbeam.bench.scheduling:simulate", "the scheduler's policies on a pretended GPU"),
     "replay": ("hornbeam.bench.scheduling:replay", "whether the scheduler plans what it planned before"),
+    "load": ("hornbeam.bench.loading:main", "how fast weights are loaded, and with how much memory"),
     "scheduler": ("hornbeam.bench.scheduling:scheduler", "what scheduling costs, without a model"),
 }
 

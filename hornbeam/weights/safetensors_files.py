@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from hornbeam.core.errors import ConfigError
+from hornbeam.weights.read_ahead import read_ahead
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,11 +37,13 @@ class SafetensorsFiles:
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, "Tensor"]]:
         """The named tensors, file by file, each a view of the mapped file in the checkpoint's own dtype."""
-        for path in self.paths:
-            with _opened(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if name in names:
-                        yield name, file.get_tensor(name)
+        with read_ahead(self.paths) as next_file:
+            for path in self.paths:
+                next_file()
+                with _opened(path, "pt") as file:
+                    for name in file.keys():  # noqa: SIM118
+                        if name in names:
+                            yield name, file.get_tensor(name)
 
 
 def find_safetensors(folder: Path) -> SafetensorsFiles:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hornbeam.core.errors import ConfigError
+from hornbeam.weights.read_ahead import read_ahead
 from hornbeam.weights.safetensors_files import find_files
 
 if TYPE_CHECKING:
@@ -25,10 +26,12 @@ class TorchFiles:
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, "Tensor"]]:
         """The named tensors, file by file, in the checkpoint's own dtype."""
-        for path in self.paths:
-            for name, tensor in _open(path).items():
-                if name in names:
-                    yield name, tensor
+        with read_ahead(self.paths) as next_file:
+            for path in self.paths:
+                next_file()
+                for name, tensor in _open(path).items():
+                    if name in names:
+                        yield name, tensor
 
 
 def find_torch_files(folder: Path) -> TorchFiles:
