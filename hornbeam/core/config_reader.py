@@ -6,6 +6,7 @@ from typing import Any
 
 from hornbeam.core.errors import ConfigError
 
+MAX_LAYERS = 10_000  # a config that says more is damaged
 _DTYPES = ("float32", "bfloat16", "float16")
 
 

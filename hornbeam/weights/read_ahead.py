@@ -1,9 +1,10 @@
 """Brings files into the page cache shortly before they are read through a mapping, which alone would wait page by page.
 
-Knows nothing of what is in the files. On systems without `preadv` nothing is done.
+Knows nothing of what is in the files. On systems other than Linux nothing is done.
 """
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ def read_ahead(paths: Sequence[Path]) -> Iterator[Callable[[], None]]:
                     chunk.result()
 
     reader = threading.Thread(target=run, name="read-ahead", daemon=True)
-    if hasattr(os, "preadv"):
+    if sys.platform == "linux":
         reader.start()
     try:
         yield turns.release
@@ -66,8 +67,6 @@ def _read(path: Path, start: int) -> None:
 
 def _is_cached(descriptor: int, start: int) -> bool:
     """Whether the chunk's end is there already (its start may be, because the reader proper has come so far)."""
-    if not hasattr(os, "RWF_NOWAIT"):
-        return False
     last = min(start + _CHUNK_BYTES, os.fstat(descriptor).st_size) - 1
     try:
         return os.preadv(descriptor, [bytearray(_PAGE_BYTES)], last, os.RWF_NOWAIT) > 0

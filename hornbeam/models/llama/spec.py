@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from hornbeam.core.cache_spec import CacheSpec
-from hornbeam.core.config_reader import ConfigReader
+from hornbeam.core.config_reader import MAX_LAYERS, ConfigReader
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import ModelConfig, Placement
 from hornbeam.core.windows import attention_specs, parse_windows
@@ -63,7 +63,7 @@ class LlamaFamily:
         if isinstance(rope.scaling, YarnScaling):
             context_len = max(context_len, int(rope.scaling.factor * rope.scaling.original_context_len))
         _refuse_other_mathematics(read)
-        num_layers = read.size("num_hidden_layers")
+        num_layers = read.size("num_hidden_layers", most=MAX_LAYERS)
         rotary_layers = _rotary_layers(read, row, num_layers)
         attention_bias = read.switch("attention_bias")
         multiplier = _multipliers(read) if row.multipliers else {}
