@@ -6,7 +6,7 @@ from typing import Any
 
 from hornbeam.core.errors import ConfigError
 
-MAX_LAYERS = 10_000  # a config that says more is damaged
+MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000  # a config that says more is damaged
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -16,12 +16,12 @@ class ConfigReader:
 
     values: Mapping[str, Any]
 
-    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """An integer of at least `least`."""
+    def size(self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_SIZE) -> int:
+        """An integer of at least `least`; more than `most` can only be damage."""
         value = self._value(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
-            raise ConfigError(f"the config's {name} must be {kind}, not {value!r}")
+            raise ConfigError(f"the config's {name} must be {kind} (and at most {most}), not {value!r}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
