@@ -184,6 +184,14 @@ class Frontend:
         """The scheduler's numbers; see `SchedulerStats`."""
         return (await self._ask(Info(next(self._numbers)))).payload
 
+    async def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        """See `Tokenizer.encode`; long texts make nobody wait. Raises BadRequest if there is no tokenizer, too."""
+        if self.tokenizer is None:
+            raise BadRequest("this server has no tokenizer: send token ids instead of text", "text")
+        if len(text) < LONG_TEXT:
+            return tuple(self.tokenizer.encode(text, add_special_tokens))
+        return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))
+
     # Requests on their way in.
 
     async def _prompt_ids(self, request: GenerationRequest, facts: Ready) -> tuple[int, ...]:
@@ -191,7 +199,7 @@ class Frontend:
             assert request.token_ids is not None, "a request has a prompt"
             ids, field = request.token_ids, "input_ids"
         else:
-            ids, field = await self._encode(request.text, request.add_special_tokens), "text"
+            ids, field = await self.encode(request.text, request.add_special_tokens), "text"
         if not ids:
             raise BadRequest("the prompt is empty", field)
         room = facts.context_len - (request.sampling.max_new_tokens != 0)
@@ -208,13 +216,6 @@ class Frontend:
         if request.text_options.stops and self.tokenizer is None:
             raise BadRequest("stop strings need a tokenizer, and this server has none; use stop_token_ids", "stop")
         return ids
-
-    async def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        if self.tokenizer is None:
-            raise BadRequest("this server has no tokenizer: send input_ids instead of text", "text")
-        if len(text) < LONG_TEXT:
-            return tuple(self.tokenizer.encode(text, add_special_tokens))
-        return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))
 
     def _refuse_duplicates(self, rids: Sequence[str]) -> None:
         seen = set(self._rids)

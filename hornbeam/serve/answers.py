@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -22,13 +22,21 @@ _ERROR_TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    413: "RequestTooLargeError",
     503: "ServiceUnavailableError",
 }
+MAX_BODY_BYTES = 64 * 2**20
 _CLIENT_CLOSED_REQUEST = 499  # for logs; nobody receives it
 
 
 class ClientGone(Exception):
     """The client has closed its connection."""
+
+
+class BodyTooLarge(HornbeamError):
+    """A body of more than MAX_BODY_BYTES."""
+
+    status = 413
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -52,15 +60,37 @@ def _body_of(error: HornbeamError) -> dict[str, Any]:
     return error_body(error.status, str(error), error.field if isinstance(error, BadRequest) else None)
 
 
-async def read_json(request: Request) -> Any:
-    """The body. Raises BadRequest if it is not JSON, or not said to be."""
+async def read_json(request: Request, *, optional: bool = False) -> Any:
+    """The body. `optional`: an empty one counts as an empty object.
+
+    Raises:
+        BadRequest: it is not JSON, or not said to be.
+        BodyTooLarge: it is.
+        ClientGone: it did not come.
+    """
     content_type = request.headers.get("content-type", "")
     if request.url.path.startswith("/v1/") and content_type.partition(";")[0].strip() != "application/json":
         raise BadRequest(f"the content-type must be application/json, not {content_type!r}")
+    body = await _read_body(request)
+    if optional and not body:
+        return {}
     try:
-        return orjson.loads(await request.body())
+        return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from error
+
+
+async def _read_body(request: Request) -> bytes:
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > MAX_BODY_BYTES:
+                raise BodyTooLarge(f"the body has more than {MAX_BODY_BYTES} bytes; send a batch in several requests")
+    except ClientDisconnect as error:
+        raise ClientGone from error
+    return b"".join(parts)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -92,7 +122,12 @@ async def respond(request: Request, work: Coroutine[Any, Any, Any]) -> Response:
     try:
         return json_response(await while_connected(request.receive, work))
     except ClientGone:
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return gone_response()
+
+
+def gone_response() -> Response:
+    """To a client that has gone away."""
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 class EventStream(Response):

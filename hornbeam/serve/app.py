@@ -1,8 +1,8 @@
 """The HTTP application: routes as data, authentication, errors in one shape. Knows no engine and no model."""
 
 import hmac
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -13,19 +13,27 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hornbeam import __version__
 from hornbeam.core.errors import HornbeamError
-from hornbeam.serve.answers import error_body, error_response, json_response
+from hornbeam.serve.answers import ClientGone, error_body, error_response, gone_response, json_response
+from hornbeam.serve.fields import Api, Schema
 
+JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
 _OPEN_PREFIXES = ("/health", "/metrics")  # for probes, whatever keys there are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """One path of an API."""
+    """One path of an API, and what its document says of it."""
 
     path: str
     methods: tuple[str, ...]
     handler: Callable[..., Awaitable[Response]]
     admin: bool = False  # wants the admin key where there is one
+    body: Api | None = None  # of methods that take one
+    needs_body: bool = True  # else an empty body is an empty object
+    query: Mapping[str, Schema] = field(default_factory=dict)
+    answer: Schema = field(default_factory=dict)  # where it is JSON
+    media: tuple[str, ...] = (JSON,)  # of the answer
+    errors: tuple[int, ...] = ()  # besides those that every route may answer
 
 
 def create_app(routes: Iterable[Route], api_key: str | None = None, admin_api_key: str | None = None) -> FastAPI:
@@ -36,6 +44,7 @@ def create_app(routes: Iterable[Route], api_key: str | None = None, admin_api_ke
         app.add_api_route(route.path, route.handler, methods=list(route.methods), response_model=None)
     app.add_exception_handler(HornbeamError, _on_hornbeam_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientGone, _on_departure)
     app.add_exception_handler(Exception, _on_bug)
     if api_key is not None or admin_api_key is not None:
         admin_paths = frozenset(route.path for route in routes if route.admin)
@@ -81,6 +90,10 @@ class Authentication:
 async def _on_hornbeam_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HornbeamError)
     return error_response(error)
+
+
+async def _on_departure(request: Request, error: Exception) -> Response:
+    return gone_response()
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -11,18 +11,11 @@ from typing import Any
 from hornbeam.core.errors import BadRequest
 from hornbeam.core.request import Finish, LogprobOptions
 from hornbeam.engine.stream import Delta, GenerationRequest, InFlight, Stream, siblings
-from hornbeam.serve.fields import (
-    GENERATE,
-    GENERATE_NAMES,
-    SAMPLING,
-    read_num_siblings,
-    read_sampling,
-    read_text_options,
-)
+from hornbeam.serve.fields import GENERATE_NAMES, read_num_siblings, read_sampling, read_text_options
 from hornbeam.serve.logprobs import LogprobAnswer
+from hornbeam.serve.serving import WEIGHT_VERSION
+from hornbeam.serve.tables import GENERATE, SAMPLING
 from hornbeam.text.tokenizer import Tokenizer
-
-WEIGHT_VERSION = "default"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,41 +1,44 @@
-"""The native API: /generate and the routes that operate the server."""
+"""The native API: /generate, and what the server tells of its health, its model and its options."""
 
 import asyncio
-import math
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
-from hornbeam.core.errors import BadRequest, Overloaded
+from hornbeam.core.errors import Overloaded
 from hornbeam.core.request import SamplingParams
 from hornbeam.engine.stream import GenerationRequest
+from hornbeam.serve import schemas
 from hornbeam.serve.answers import EventStream, json_response, read_json, respond
-from hornbeam.serve.app import Route
-from hornbeam.serve.fields import ABORT, PAUSE, RESUME
-from hornbeam.serve.generate import WEIGHT_VERSION, Answers, parse_generate
-from hornbeam.serve.serving import Serving
+from hornbeam.serve.app import EVENTS, JSON, Route
+from hornbeam.serve.generate import Answers, parse_generate
+from hornbeam.serve.serving import WEIGHT_VERSION, Serving
+from hornbeam.serve.tables import GENERATE
 
 PROBE_SECONDS = 20.0
-MAX_FLUSH_SECONDS = 3600.0
 _PROBE = GenerationRequest(token_ids=(0,), sampling=SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True))
 
 
 def native_routes(serving: Serving) -> tuple[Route, ...]:
     """The table of paths."""
     native = _Native(serving)
-    get, both = ("GET",), ("GET", "POST")
+    get, generate = ("GET",), ("POST", "PUT")
     return (
-        Route(path="/generate", methods=("POST", "PUT"), handler=native.generate),
-        Route(path="/health", methods=get, handler=native.health),
-        Route(path="/health_generate", methods=get, handler=native.health_generate),
-        Route(path="/model_info", methods=get, handler=native.model_info),
-        Route(path="/get_model_info", methods=get, handler=native.model_info),
-        Route(path="/server_info", methods=get, handler=native.server_info),
-        Route(path="/get_server_info", methods=get, handler=native.server_info),
-        Route(path="/flush_cache", methods=both, handler=native.flush_cache, admin=True),
-        Route(path="/abort_request", methods=("POST",), handler=native.abort_request, admin=True),
-        Route(path="/pause_generation", methods=("POST",), handler=native.pause, admin=True),
-        Route(path="/continue_generation", methods=("POST",), handler=native.resume, admin=True),
+        Route(
+            path="/generate",
+            methods=generate,
+            handler=native.generate,
+            body=GENERATE,
+            answer=schemas.GENERATED,
+            media=(JSON, EVENTS),
+        ),
+        Route(path="/health", methods=get, handler=native.health, media=()),
+        Route(path="/health_generate", methods=get, handler=native.health_generate, media=()),
+        Route(path="/ping", methods=get, handler=native.health, media=()),
+        Route(path="/model_info", methods=get, handler=native.model_info, answer=schemas.MODEL_INFO),
+        Route(path="/get_model_info", methods=get, handler=native.model_info, answer=schemas.MODEL_INFO),
+        Route(path="/server_info", methods=get, handler=native.server_info, answer=schemas.SERVER_INFO),
+        Route(path="/get_server_info", methods=get, handler=native.server_info, answer=schemas.SERVER_INFO),
     )
 
 
@@ -93,38 +96,3 @@ class _Native:
     async def server_info(self, request: Request) -> Response:
         """Every option, flat, without the keys; and the scheduler's numbers."""
         return json_response(await self._serving.info())
-
-    async def flush_cache(self, request: Request) -> Response:
-        """Drop the prefix cache, if nothing runs within `timeout` seconds."""
-        given = request.query_params.get("timeout", "0")
-        try:
-            timeout = float(given)
-        except ValueError:
-            timeout = math.nan
-        if not 0 <= timeout <= MAX_FLUSH_SECONDS:
-            raise BadRequest(f"timeout must be in 0..{MAX_FLUSH_SECONDS:.0f} seconds, not {given!r}", "timeout")
-        if await self._frontend.flush(timeout):
-            return PlainTextResponse("The cache is flushed.\n")
-        return PlainTextResponse("The cache is not flushed: requests are running or waiting.\n", 400)
-
-    async def abort_request(self, request: Request) -> Response:
-        """End one request by its id, or all."""
-        fields = ABORT.read(await read_json(request))
-        if fields.get("abort_all", False):
-            self._frontend.abort_all()
-        elif "rid" in fields:
-            self._frontend.abort(fields["rid"])
-        else:
-            raise BadRequest("rid or abort_all must be given", "rid")
-        return Response()
-
-    async def pause(self, request: Request) -> Response:
-        """Run nothing until /continue_generation; `mode` says what becomes of the running requests."""
-        await self._frontend.pause(PAUSE.read(await read_json(request)).get("mode", "abort"))
-        return json_response({"message": "Generation is paused.", "status": "ok"})
-
-    async def resume(self, request: Request) -> Response:
-        """Go on after /pause_generation."""
-        RESUME.read(await read_json(request))
-        await self._frontend.resume()
-        return json_response({"message": "Generation continues.", "status": "ok"})

@@ -17,9 +17,7 @@ from hornbeam.core.errors import ConfigError
 from hornbeam.engine.logs import set_up_logging
 from hornbeam.engine.remote import ProcessEngine
 from hornbeam.models.index import DEFAULT_MODEL_NAME
-from hornbeam.serve.app import create_app
-from hornbeam.serve.native import native_routes
-from hornbeam.serve.openai import openai_routes
+from hornbeam.serve.routes import create_server_app
 from hornbeam.serve.serving import Serving, engine_flags, with_model
 
 logger = logging.getLogger(__name__)
@@ -52,10 +50,9 @@ def run_server(user: Mapping[str, Any], build: str = ENGINE) -> None:
 async def _serve(serving: Serving, listener: socket.socket) -> None:
     """HTTP answers at once, with 503 until the engine is ready."""
     options = serving.options
-    app = create_app((*native_routes(serving), *openai_routes(serving)), options.api_key, options.admin_api_key)
     debug = options.log_level == "debug"
     config = uvicorn.Config(
-        app,
+        create_server_app(serving),
         http="httptools",
         ws="none",
         lifespan="off",

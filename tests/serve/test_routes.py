@@ -1,0 +1,93 @@
+"""The smaller routes, and the API's document."""
+
+import threading
+
+import pytest
+from serve_helpers import eventually
+
+pytestmark = pytest.mark.pure
+
+
+@pytest.mark.parametrize("prefix", ["", "/v1"])
+def test_tokenize_and_detokenize(server, prefix):
+    def post(path, **body):
+        response = server.http.post(f"{prefix}/{path}", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    assert post("tokenize", prompt="abc") == {"tokens": [97, 98, 99], "count": 3, "max_model_len": 200}
+    assert post("tokenize", prompt=["a", "bc"])["count"] == [1, 2]
+    assert post("tokenize", messages=[{"role": "user", "content": "hi"}])["tokens"] == [104, 105]
+    assert post("detokenize", tokens=[97, 98, 256])["text"] == "ab"
+    assert post("detokenize", tokens=[97, 256], skip_special_tokens=False)["text"] == "a<eos>"
+    assert post("detokenize", tokens=[[97], [98, 99]])["text"] == ["a", "bc"]
+    assert post("detokenize", tokens=[])["text"] == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": "a"}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [2**40]}, "tokens"),
+        ("/v1/loads?include=everything", None, "include"),
+        ("/v1/loads?format=xml", None, "format"),
+        ("/v1/loads?dp_rank=1", None, "dp_rank"),
+    ],
+)
+def test_bad_input_names_the_field(server, path, body, field):
+    response = server.http.post(path, json=body) if body is not None else server.http.get(path)
+    assert (response.status_code, response.json()["param"]) == (400, field)
+
+
+def test_loads(start):
+    server = start(random_seed=30)
+    long = {"text": "a", "sampling_params": {"max_new_tokens": 190, "ignore_eos": True}}
+    thread = threading.Thread(target=lambda: server.http.post("/generate", json=long))
+    thread.start()
+    eventually(lambda: server.http.get("/get_load").json()[0]["num_reqs"] == 1)
+    (load,) = server.http.get("/v1/loads").json()["loads"]
+    assert (load["num_running_reqs"], load["num_waiting_reqs"], load["max_total_num_tokens"]) == (1, 0, 2000)
+    assert 0 < load["token_usage"] < 1
+    assert load["queues"]["waiting"] == 0
+    assert load["lora"] is None
+    assert "memory" not in server.http.get("/v1/loads?include=core,queues").json()["loads"][0]
+    assert "num_running_reqs" not in server.http.get("/v1/loads?include=queues").json()["loads"][0]
+    assert 'sglang:num_running_reqs{dp_rank="0"} 1\n' in server.http.get("/v1/loads?format=prometheus").text
+    server.http.post("/abort_request", json={"abort_all": True})
+    thread.join(5)
+
+
+def test_a_body_has_a_limit(server, monkeypatch):
+    monkeypatch.setattr("hornbeam.serve.answers.MAX_BODY_BYTES", 1000)
+    response = server.http.post("/generate", json={"text": "a" * 2000})
+    assert (response.status_code, response.json()["error"]["type"]) == (413, "RequestTooLargeError")
+    assert server.http.post("/generate", json={"text": "y"}).status_code == 200
+
+
+def test_bodies_that_may_be_missing(server):
+    assert server.http.post("/pause_generation").status_code == 200
+    assert server.http.post("/continue_generation").status_code == 200
+    assert server.http.post("/abort_request").status_code == 400
+
+
+def test_the_document_has_every_route_and_field(server):
+    document = server.http.get("/openapi.json").json()
+    paths = document["paths"]
+    served = {path.replace(":path}", "}") for path in server.paths}
+    assert set(paths) == served
+    chat = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert chat["required"] == ["messages"]
+    assert {"messages", "temperature", "stream_options", "tools"} <= set(chat["properties"])
+    assert chat["additionalProperties"] is False
+    generate = paths["/generate"]["post"]
+    sampling = generate["requestBody"]["content"]["application/json"]["schema"]["properties"]["sampling_params"]
+    assert "top_k" in sampling["anyOf"][0]["anyOf"][0]["properties"]
+    assert set(generate["responses"]) == {"200", "400", "401", "413", "500", "503"}
+    assert "404" in paths["/v1/models/{model}"]["get"]["responses"]
+    assert paths["/flush_cache"]["get"]["parameters"][0]["name"] == "timeout"
+    assert server.http.get("/docs").status_code == 200
