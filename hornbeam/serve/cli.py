@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +14,9 @@ from hornbeam.core.errors import HornbeamError
 
 _COMMANDS = {  # name -> (where it is: imported by name, as some stand above this folder; what it does)
     "serve": ("hornbeam.serve.cli:serve", "run an HTTP server"),
+    "chat": ("hornbeam.serve.chat:main", "talk to a server, or to a model"),
     "bench": ("hornbeam.bench.cli:main", "measure speed"),
+    "check-env": ("hornbeam.check_env:main", "tell versions, devices and usable backends"),
 }
 _MULTIPLES = {"k": 1000, "m": 1_000_000, "K": 1024, "M": 1024 * 1024}
 _EXAMPLES = """
@@ -98,6 +100,17 @@ def checked(values: dict[str, Any]) -> dict[str, Any]:
     from hornbeam.config.file import read_config_file
 
     return {**check_flags(read_config_file(path)), **check_flags(values)}
+
+
+def as_arguments(values: Mapping[str, Any]) -> list[str]:
+    """The parsed flags as they were given, for another process."""
+    arguments = []
+    for name in ("config", *(flag.name for flag in FLAGS)):
+        value = values.get(name)
+        if value is not None:
+            items = () if value is True else value if isinstance(value, (list, tuple)) else (value,)
+            arguments += [dashed(name), *map(str, items)]
+    return arguments
 
 
 def exit_code(prog: str, run: Callable[[], int]) -> int:
