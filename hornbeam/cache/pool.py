@@ -1,5 +1,8 @@
 """The device tensors behind page numbers. Knows nothing of requests: who owns a page is `cache.pages`' business."""
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,15 +19,10 @@ class CachePool:
         for group, (spec, count) in enumerate(zip(specs, num_pages, strict=True)):
             dtype = getattr(torch, spec.dtype)
             for layer in spec.layers:
-                pages = tuple(
-                    torch.empty((count, page_size, *shape), dtype=dtype, device=device) for shape in spec.row_shapes
+                self._layers[layer] = (
+                    group,
+                    tuple(_zeros((count, page_size, *shape), dtype, device) for shape in spec.row_shapes),
                 )
-                if device.type != "cpu":
-                    # Device kernels may multiply rows that nobody wrote by a weight of 0, and 0 * nan is nan. On a CPU
-                    # only written rows are read, and memory that is not touched is not taken.
-                    for tensor in pages:
-                        tensor.zero_()
-                self._layers[layer] = (group, pages)
 
     def layer(self, layer: int) -> tuple[int, tuple[Tensor, ...]]:
         """The cache group of a layer, and one tensor [P, S, *row_shape] per row shape."""
@@ -34,3 +32,13 @@ class CachePool:
 def page_bytes(spec: CacheSpec, page_size: int) -> int:
     """Bytes of one page in all layers of the group."""
     return spec.bytes_per_token(getattr(torch, spec.dtype).itemsize) * page_size
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kernels may multiply rows that nobody wrote by a weight of 0, and 0 * nan is nan.
+
+    On a CPU memory that is not touched is not taken, so a large pool costs nothing before it is used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -225,7 +225,7 @@ FLAGS: tuple[Flag, ...] = (
         name="attention_backend",
         group="device",
         default="auto",
-        help="auto, flashinfer, triton or reference.",
+        help="auto, flashinfer, triton, cpu or reference.",
     ),
     Flag(name="decode_attention_backend", group="device", help="The same, for decode steps only."),
     Flag(name="prefill_attention_backend", group="device", help="The same, for prompts only."),

@@ -1,6 +1,8 @@
 """The CPU: steps run one after the other on a worker thread, so that the engine's loop never waits for a forward."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +16,7 @@ from hornbeam.core.platform import PlatformFacts
 from hornbeam.platforms.contract import MemoryTag
 
 T = TypeVar("T")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class FuturePending(Generic[T]):
@@ -37,6 +40,7 @@ class CpuPlatform:
     device = torch.device("cpu")
 
     def __init__(self) -> None:
+        _keep_freed_memory()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hornbeam-forward")
 
     def facts(self) -> PlatformFacts:
@@ -72,6 +76,18 @@ class CpuPlatform:
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """There are no graphs on a CPU."""
         raise AssertionError("a CPU has no graphs; facts().graphs says so")
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep what is freed, up to 512 MiB, where it is glibc.
+
+    It gives large blocks back to the system at once otherwise, and each activation of a prompt then costs page faults:
+    the product of two tensors of 3 MB takes 2.1 instead of 0.2 ms.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 512 << 20)):
+            mallopt(parameter, value)
 
 
 def _available_memory() -> int:

@@ -20,5 +20,9 @@ class Activation(Protocol):
 
 ACTIVATION: Registry[OpQuery, Activation] = Registry(
     "activation",
-    {"triton": "hornbeam.ops.activation.triton:BACKEND", "reference": "hornbeam.ops.activation.reference:BACKEND"},
+    {
+        "triton": "hornbeam.ops.activation.triton:BACKEND",
+        "cpu": "hornbeam.ops.activation.cpu:BACKEND",
+        "reference": "hornbeam.ops.activation.reference:BACKEND",
+    },
 )

@@ -86,6 +86,7 @@ class AttentionBackend(Protocol):
 
 _FLASHINFER = "hornbeam.ops.attention.flashinfer:BACKEND"
 _TRITON = "hornbeam.ops.attention.triton:BACKEND"
+_CPU = "hornbeam.ops.attention.cpu:BACKEND"
 _REFERENCE = "hornbeam.ops.attention.reference:BACKEND"
 
 # The orders are those of measurements on an H200 (32 query and 8 key-value heads of 128, bfloat16). Decode of one row
@@ -93,8 +94,8 @@ _REFERENCE = "hornbeam.ops.attention.reference:BACKEND"
 # balances them over the device (`mix` 13.9 against 14.3 s, `prefix` 2.3 against 2.6 s). Prefill of 8192 tokens takes
 # 1.0 ms in FlashInfer and 2.0 in Triton.
 DECODE_ATTENTION: Registry[OpQuery, AttentionBackend] = Registry(
-    "decode_attention", {"flashinfer": _FLASHINFER, "triton": _TRITON, "reference": _REFERENCE}
+    "decode_attention", {"flashinfer": _FLASHINFER, "triton": _TRITON, "cpu": _CPU, "reference": _REFERENCE}
 )
 PREFILL_ATTENTION: Registry[OpQuery, AttentionBackend] = Registry(
-    "prefill_attention", {"flashinfer": _FLASHINFER, "triton": _TRITON, "reference": _REFERENCE}
+    "prefill_attention", {"flashinfer": _FLASHINFER, "triton": _TRITON, "cpu": _CPU, "reference": _REFERENCE}
 )

@@ -22,5 +22,10 @@ class Norm(Protocol):
 
 
 NORM: Registry[OpQuery, Norm] = Registry(
-    "norm", {"triton": "hornbeam.ops.norm.triton:BACKEND", "reference": "hornbeam.ops.norm.reference:BACKEND"}
+    "norm",
+    {
+        "triton": "hornbeam.ops.norm.triton:BACKEND",
+        "cpu": "hornbeam.ops.norm.cpu:BACKEND",
+        "reference": "hornbeam.ops.norm.reference:BACKEND",
+    },
 )

@@ -56,5 +56,10 @@ class Qkv(Protocol):
 
 
 QKV: Registry[OpQuery, Qkv] = Registry(
-    "qkv", {"triton": "hornbeam.ops.qkv.triton:BACKEND", "reference": "hornbeam.ops.qkv.reference:BACKEND"}
+    "qkv",
+    {
+        "triton": "hornbeam.ops.qkv.triton:BACKEND",
+        "cpu": "hornbeam.ops.qkv.cpu:BACKEND",
+        "reference": "hornbeam.ops.qkv.reference:BACKEND",
+    },
 )

@@ -62,5 +62,10 @@ class Sample(Protocol):
 
 
 SAMPLE: Registry[OpQuery, Sample] = Registry(
-    "sample", {"triton": "hornbeam.ops.sample.triton:BACKEND", "reference": "hornbeam.ops.sample.reference:BACKEND"}
+    "sample",
+    {
+        "triton": "hornbeam.ops.sample.triton:BACKEND",
+        "cpu": "hornbeam.ops.sample.cpu:BACKEND",
+        "reference": "hornbeam.ops.sample.reference:BACKEND",
+    },
 )
