@@ -1,5 +1,6 @@
 """Runs a checkpoint's model step by step without scheduler or engine, to compare its logits with a reference."""
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,17 +63,24 @@ class Generated:
     last: RequestOutput | None = None
 
 
-def run(engine: BuiltEngine, requests: list[Request], depth: int = 2) -> dict[str, Generated]:
-    """Submit all at once and step with up to `depth` steps under way."""
+def run(
+    engine: BuiltEngine, requests: list[Request], depth: int = 2, retract_after: Container[int] = ()
+) -> dict[str, Generated]:
+    """Submit all at once and step with up to `depth` steps under way; after some steps everybody is retracted."""
     scheduler, executor = engine.scheduler, engine.executor
     for request in requests:
         scheduler.submit(request)
     results = {request.rid: Generated() for request in requests}
     under_way: list[Pending[Any]] = []
+    num_launched = 0
     while scheduler.has_work:
         plan = scheduler.plan()
         if plan is not None:
             under_way.append(executor.launch(plan))
+            num_launched += 1
+            if num_launched in retract_after:
+                scheduler.pause("retract")
+                scheduler.resume()
         if plan is None or len(under_way) == depth:
             scheduler.apply(under_way.pop(0).result())
         for output in scheduler.drain():

@@ -104,12 +104,12 @@ class Sampler:
         temperatures, top_ps, min_ps = numbers[:3]
         seeds, top_ks = self._integers[:, slots]
         scores, thresholds = logits, None
-        penalized = not self._penalized.isdisjoint(host_slots)
+        penalized = _any_of(self._penalized, host_slots)
         if penalized:
             scores = self._penalties.apply(scores, slots, numbers[3:])
-        if not self._biased.isdisjoint(host_slots):
+        if _any_of(self._biased, host_slots):
             scores = self._biases.add(scores, slots, positions)
-        if not self._filtered.isdisjoint(host_slots):
+        if _any_of(self._filtered, host_slots):
             thresholds = self._op.thresholds(scores, temperatures, top_ks, top_ps, min_ps)
         ids = self._op.sample(scores, temperatures, seeds, positions, thresholds)
         if penalized:
@@ -127,6 +127,11 @@ class Sampler:
         """Logprobs of the tokens `ids`, and of what else their requests ask for: see `Logprobs.score`."""
         options = [self._options[slot] for slot in host_slots]
         return self._logprobs.score(logits_of, rows, ids, slots, options)
+
+
+def _any_of(users: set[int], host_slots: Sequence[int]) -> bool:
+    """Whether any of the slots is in use by one of `users`; mostly there are none."""
+    return bool(users) and not users.isdisjoint(host_slots)
 
 
 def _floats_of(start: SlotStart) -> tuple[float, ...]:
