@@ -15,6 +15,8 @@ if not os.path.exists("/dev/nvidiactl"):
     # Kernels run in Triton's interpreter where there is no GPU. It must be told before anybody imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
 
+os.environ["HORNBEAM_STRICT_CHECKS"] = "1"  # an idle engine whose books do not add up fails, and its test with it
+
 GROUPS = ("pure", "cpu", "gpu", "multi")
 TEXTS = ["The capital of France is Paris.", "naïve café, 東京, Привет, 🙂🙃", "one two three four five six seven"]
 CHAT_TEMPLATE = (

@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from hornbeam.config.components import CacheOptions, SchedulerOptions
+from hornbeam.config.components import CacheOptions, LoopOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.plan import StepPlan, StepResult
@@ -156,7 +156,10 @@ def build(user: Mapping[str, Any]) -> Built:
         scheduler=scheduler,
         executor=FakeExecutor(user.get("random_seed", 0) / 1000),
         ready=ready,
-        overlap=not user.get("disable_overlap_schedule", False),
+        options=LoopOptions(
+            overlap=not user.get("disable_overlap_schedule", False),
+            watchdog_timeout=user.get("watchdog_timeout", 300.0),
+        ),
     )
 
 

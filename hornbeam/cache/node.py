@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 WRITTEN = -1  # `step_id` of a node whose rows were complete when it was added
 
@@ -40,6 +41,20 @@ class Match:
     pages: tuple[list[int], ...]  # per group, of the tokens between start node and `length`; 0 for a tombstone's
 
 
+class PrefixListener(Protocol):
+    """Hears which prefixes can be matched: what routers choose an engine by, and tiers copy.
+
+    Both calls come while the node stands in its place, so that `prefix_of` has all its tokens. Nodes may be split in
+    between: what was stored at once may be removed in parts, the later part of a prefix always first.
+    """
+
+    def stored(self, node: Node) -> None:
+        """The tokens `node.start .. node.length` of a prefix have come; a running step may still write their rows."""
+
+    def removed(self, node: Node) -> None:
+        """They have gone: evicted, flushed, or revoked with a failed step."""
+
+
 @dataclass(frozen=True, slots=True)
 class Holder:
     """One lock: its node, and per windowed group the begin of what is held of the path."""
@@ -54,6 +69,12 @@ def path_of(node: Node) -> Iterator[Node]:
     while walk is not None:
         yield walk
         walk = walk.parent
+
+
+def prefix_of(node: Node) -> tuple[str, list[int]]:
+    """The namespace, and the tokens from the root to the node's end."""
+    path = list(path_of(node))
+    return path[-1].namespace, [token for part in reversed(path) for token in part.key]
 
 
 def nodes_below(node: Node) -> Iterator[Node]:

@@ -13,7 +13,7 @@ request holds, per windowed group, the nodes of its window: what nobody holds ca
 from collections import Counter
 from collections.abc import Sequence
 
-from hornbeam.cache.node import WRITTEN, Holder, Match, Node, common_length, nodes_below, path_of
+from hornbeam.cache.node import WRITTEN, Holder, Match, Node, PrefixListener, common_length, nodes_below, path_of
 from hornbeam.cache.pages import EVICTION_ORDERS, PADDING_PAGE, LeafQueue, PageAccounts, PagePool
 
 
@@ -44,6 +44,7 @@ class PrefixTree:
         self._roots: dict[str, Node] = {}
         self._clock = 0
         self._leaves = LeafQueue(EVICTION_ORDERS[policy])
+        self.listener: PrefixListener | None = None  # hears what comes and goes
         self._accounts = PageAccounts(self._pools, page_size, self._windows)
 
     def num_pages(self, group: int = 0) -> int:
@@ -142,6 +143,8 @@ class PrefixTree:
         node.children[first] = leaf
         self._accounts.add(leaf)
         self._leaves.push(leaf)
+        if self.listener is not None:
+            self.listener.stored(leaf)
         return leaf
 
     def insert(self, start: Node, tokens: list[int], length: int, pages: Sequence[list[int]]) -> None:
@@ -274,9 +277,11 @@ class PrefixTree:
             return
         while node.parent is not None and node.parent.step_id == node.step_id:
             node = node.parent  # parts of the same stretch, split since
-        for below in list(nodes_below(node)):
-            below.revoked = True
-            self._accounts.remove(below)
+        below = list(nodes_below(node))
+        self._tell_removed(below)
+        for gone in below:
+            gone.revoked = True
+            self._accounts.remove(gone)
         assert node.parent is not None, "a root is never revoked"
         del node.parent.children[tuple(node.key[: self._unit])]
         self._settle(node.parent)
@@ -284,7 +289,9 @@ class PrefixTree:
     def flush(self) -> None:
         """Drop every prefix. Nothing may be locked."""
         for root in list(self._roots.values()):
-            for node in list(nodes_below(root)):
+            below = list(nodes_below(root))
+            self._tell_removed(below[1:])
+            for node in below:
                 assert node.num_locks == 0, f"tokens up to {node.length} are locked {node.num_locks} times"
                 self._accounts.remove(node)
         self._roots.clear()
@@ -305,6 +312,12 @@ class PrefixTree:
         for node in nodes | locks.keys():
             assert node.num_locks == locks[node], f"{node.num_locks} locks at {node.length} tokens, {locks[node]} held"
         self._accounts.check(holders, nodes, locks)
+
+    def _tell_removed(self, nodes: Sequence[Node]) -> None:
+        """`nodes`: parents first."""
+        if self.listener is not None:
+            for node in reversed(nodes):
+                self.listener.removed(node)
 
     def _first_whole(self, page_ids: list[int], begin: int) -> int:
         """The first unit border from which on no page is missing; `page_ids` starts at token `begin`."""
@@ -357,6 +370,7 @@ class PrefixTree:
         """Evict an unlocked leaf; returns its parent."""
         parent = node.parent
         assert parent is not None, "a root has no pages"
+        self._tell_removed([node])
         self._accounts.remove(node)
         del parent.children[tuple(node.key[: self._unit])]
         node.parent = None

@@ -181,7 +181,7 @@ _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
             "enable_weights_cpu_backup": False,
         },
     ),
-    ("a stuck engine is told by /health", "", {"watchdog_timeout": 300, "soft_watchdog_timeout": None}),
+    ("a stuck engine is told by /health", "", {"soft_watchdog_timeout": None}),
     (
         "kernels of this kind are not chosen by flag",
         "attention_backend",

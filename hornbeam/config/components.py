@@ -53,8 +53,17 @@ class ExecutorOptions:
     decode_attention_backend: str
     prefill_attention_backend: str
     cascade: bool  # decode reads prefixes that rows share once for all of them, where that pays
-    overlap: bool
     graph_batch_sizes: tuple[int, ...]  # decode batches captured as graphs, ascending; empty: none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopOptions:
+    """The engine's step loop."""
+
+    overlap: bool = True  # plan and launch a step while the one before it runs
+    watchdog_timeout: float = 300.0  # seconds after which a step, or the loop itself, counts as stuck
+    strict_checks: bool = False  # an error in the books ends the engine
+    record: str | None = None  # file that takes what the scheduler is told and plans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,4 +100,5 @@ class EngineOptions:
     cache: CacheOptions
     scheduler: SchedulerOptions
     executor: ExecutorOptions
+    loop: LoopOptions
     reasons: dict[str, Reason]  # flag name -> value and why

@@ -12,6 +12,7 @@ VARIABLES = (
     "HORNBEAM_DISABLED_MODEL_ARCHS",
     "HORNBEAM_REQ_RUNNING_TIMEOUT",
     "HORNBEAM_REQ_WAITING_TIMEOUT",
+    "HORNBEAM_STRICT_CHECKS",
 )
 
 
@@ -23,12 +24,14 @@ class Environment:
     disabled_architectures: frozenset[str]  # never imported
     waiting_timeout: float | None  # seconds that a request may wait, None: as long as it takes
     running_timeout: float | None
+    strict_checks: bool  # an error in the cache's books ends the engine, rather than being logged
 
 
 def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
     """HORNBEAM_CACHE_DIR (default: hornbeam/ in XDG_CACHE_HOME or ~/.cache) and HORNBEAM_DISABLED_MODEL_ARCHS.
 
     HORNBEAM_REQ_WAITING_TIMEOUT and HORNBEAM_REQ_RUNNING_TIMEOUT are seconds; -1, the default, sets no limit.
+    HORNBEAM_STRICT_CHECKS=1 is for tests.
 
     Raises:
         ConfigError: a time-out that is no number of seconds.
@@ -40,6 +43,7 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
         disabled_architectures=frozenset(name.strip() for name in disabled.split(",") if name.strip()),
         waiting_timeout=_seconds(variables, "HORNBEAM_REQ_WAITING_TIMEOUT"),
         running_timeout=_seconds(variables, "HORNBEAM_REQ_RUNNING_TIMEOUT"),
+        strict_checks=variables.get("HORNBEAM_STRICT_CHECKS", "0") != "0",
     )
 
 

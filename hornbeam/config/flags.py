@@ -214,6 +214,19 @@ FLAGS: tuple[Flag, ...] = (
         help="A running request gives way to nobody.",
     ),
     Flag(
+        name="watchdog_timeout",
+        group="scheduling",
+        type=float,
+        default=300.0,
+        help="Seconds after which an engine that is stuck in a step is ended, with its threads' stacks in the log.",
+    ),
+    Flag(
+        name="record_schedule",
+        group="scheduling",
+        help="File that takes every request, step and result, prompts included, as JSON lines, for hornbeam bench "
+        "replay and simulate.",
+    ),
+    Flag(
         name="disable_overlap_schedule",
         group="scheduling",
         type=bool,

@@ -11,12 +11,13 @@ from hornbeam.config.components import (
     CacheOptions,
     EngineOptions,
     ExecutorOptions,
+    LoopOptions,
     ModelOptions,
     Reason,
     SchedulerOptions,
     ServeOptions,
 )
-from hornbeam.config.environment import read_environment
+from hornbeam.config.environment import Environment, read_environment
 from hornbeam.config.flags import FLAGS
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import ModelConfig
@@ -103,6 +104,7 @@ def resolve_engine(
             running_timeout=environment.running_timeout,
         ),
         executor=_executor_options(resolver, platform, max_running),
+        loop=_loop_options(resolver, environment),
         reasons=resolver.reasons,
     )
     for name in ("default_priority_value", "abort_on_priority_when_disabled"):
@@ -120,7 +122,6 @@ def _executor_options(resolver: _Resolver, platform: PlatformFacts, max_running:
         decode_attention_backend=pick("decode_attention_backend", attention, "--attention-backend"),
         prefill_attention_backend=pick("prefill_attention_backend", attention, "--attention-backend"),
         cascade=not pick("disable_cascade_attention"),
-        overlap=not pick("disable_overlap_schedule"),
         graph_batch_sizes=_graph_batch_sizes(resolver, platform, max_running),
     )
 
@@ -137,6 +138,18 @@ def _conservativeness(resolver: _Resolver) -> float:
     if not 0 <= value < float("inf"):
         raise ConfigError(f"--schedule-conservativeness must be at least 0 and finite, not {value}")
     return value
+
+
+def _loop_options(resolver: _Resolver, environment: Environment) -> LoopOptions:
+    watchdog_timeout: float = resolver.pick("watchdog_timeout")
+    if not watchdog_timeout > 0:
+        raise ConfigError(f"--watchdog-timeout must be above 0, not {watchdog_timeout}")
+    return LoopOptions(
+        overlap=not resolver.pick("disable_overlap_schedule"),
+        watchdog_timeout=watchdog_timeout,
+        strict_checks=environment.strict_checks,
+        record=resolver.pick("record_schedule"),
+    )
 
 
 def _window_ratio(resolver: _Resolver) -> float | None:

@@ -14,6 +14,7 @@ from hornbeam.core.family import ModelConfig
 from hornbeam.engine.envelope import Ready
 from hornbeam.engine.loop import Built
 from hornbeam.models.index import find_family
+from hornbeam.scheduler.record import RecordingScheduler
 from hornbeam.scheduler.scheduler import Scheduler
 from hornbeam.weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -41,9 +42,10 @@ def build_engine(user: Mapping[str, Any]) -> Built:
     facts = platform.facts()
     options = resolve_engine(user, family.name, family.defaults(config, facts.name), config, facts)
     built = build_executor(family, config, checkpoint, options, platform)
-    scheduler = Scheduler(
-        options.scheduler,
-        options.cache,
+    scheduler = _make_scheduler(
+        options.loop.record,
+        options=options.scheduler,
+        cache=options.cache,
         specs=built.specs,
         num_pages=built.num_pages,
         context_len=options.model.context_len,
@@ -57,7 +59,16 @@ def build_engine(user: Mapping[str, Any]) -> Built:
         max_running_requests=options.scheduler.max_running_requests,
         facts=_facts(options, config, facts.device) | {"model_type": checkpoint.hf_config.get("model_type")},
     )
-    return Built(scheduler=scheduler, executor=built.executor, ready=ready, overlap=options.executor.overlap)
+    return Built(scheduler=scheduler, executor=built.executor, ready=ready, options=options.loop)
+
+
+def _make_scheduler(record: str | None, **arguments: Any) -> Scheduler:
+    if record is None:
+        return Scheduler(**arguments)
+    try:
+        return RecordingScheduler(open(record, "wb", buffering=0), **arguments)
+    except OSError as error:
+        raise ConfigError(f"--record-schedule {record} cannot be written: {error}") from error
 
 
 def _overrides(user: Mapping[str, Any]) -> dict[str, Any]:

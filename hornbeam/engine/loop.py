@@ -10,8 +10,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from hornbeam.config.components import LoopOptions
 from hornbeam.core.errors import BadRequest, ConfigError, FamilyUnavailable, HornbeamError, Overloaded
 from hornbeam.core.plan import StepPlan, StepResult
 from hornbeam.core.request import Finish, Request, RequestOutput
@@ -76,7 +77,7 @@ class Built:
     scheduler: Scheduler
     executor: Executor
     ready: Ready
-    overlap: bool  # plan and launch a step while the one before it runs
+    options: LoopOptions
 
 
 def run_engine(build: Callable[[], Built], link: Link) -> bool:
@@ -101,12 +102,14 @@ class EngineLoop:
         self._executor = built.executor
         self._link = link
         self._ready = built.ready
-        self._depth = 2 if built.overlap else 1  # steps under way at once
+        self._options = built.options
+        self._depth = 2 if built.options.overlap else 1  # steps under way at once
         self._steps: deque[tuple[int, PendingStep, float]] = deque()  # (step id, step, launched at), oldest first
         self._flushes: list[int] = []  # ids of the commands
         self._open = True  # takes requests
         self._num_failures = 0  # steps that failed in a row
         self._last_sent = time.monotonic()
+        self._seconds = {"planning": 0.0, "steps": 0.0, "results": 0.0}
         self._step_done = 0.0  # when the latest step ended that was collected
 
     def run(self) -> None:
@@ -129,7 +132,9 @@ class EngineLoop:
 
     def _launch(self) -> bool:
         """Start the next step, if there is anything to run."""
+        started = time.monotonic()
         plan = self._scheduler.plan()
+        self._seconds["planning"] += time.monotonic() - started
         if plan is None:
             return False
         logger.debug("%s", plan)
@@ -148,7 +153,12 @@ class EngineLoop:
             return
         step_id, step, launched_at = self._steps[0]
         while not step.wait(COMMAND_INTERVAL):
-            if time.monotonic() - self._last_sent > PULSE_INTERVAL:
+            now = time.monotonic()
+            if now - max(launched_at, self._step_done) > self._options.watchdog_timeout:
+                raise RuntimeError(
+                    f"step {step_id} has not ended within {self._options.watchdog_timeout:g} s (--watchdog-timeout)"
+                )
+            if now - self._last_sent > PULSE_INTERVAL:
                 self._send(Pulse())
             if self._obey(timeout=0) and len(self._steps) < self._depth:
                 return
@@ -162,8 +172,10 @@ class EngineLoop:
             self._num_failures += 1
         # Steps run one after the other: this one began when it was launched, or when the one before it ended.
         begun, self._step_done = max(launched_at, self._step_done), time.monotonic()
+        self._seconds["steps"] += self._step_done - begun
         self._scheduler.apply(result, self._step_done - begun)
         self._publish()
+        self._seconds["results"] += time.monotonic() - self._step_done
         if self._num_failures == MAX_FAILURES:
             raise RuntimeError(
                 f"{MAX_FAILURES} steps in a row failed, the last with {result.error}; restart the server"
@@ -198,12 +210,17 @@ class EngineLoop:
                 self._scheduler.resume()
                 self._send(Reply(id=command.id, ok=True))
             case Info():
-                self._send(Reply(id=command.id, ok=True, payload=dataclasses.asdict(self._scheduler.stats())))
+                self._send(Reply(id=command.id, ok=True, payload=self._numbers()))
             case Shutdown():
                 self._open = False
                 self._scheduler.resume()
                 if not command.drain:
                     self._scheduler.abort_all()
+
+    def _numbers(self) -> dict[str, Any]:
+        """The scheduler's, and where the loop's time went since the start: planning, steps, results."""
+        seconds = {f"total_seconds_{part}": seconds for part, seconds in self._seconds.items()}
+        return {**dataclasses.asdict(self._scheduler.stats()), **seconds}
 
     def _submit(self, request: Request) -> RequestOutput | None:
         """Queue a request; the answer, if it is refused."""
@@ -237,6 +254,8 @@ class EngineLoop:
             self._scheduler.check()
         except AssertionError:
             logger.exception("the accounting of the cache is broken; please report this")
+            if self._options.strict_checks:
+                raise
 
     def _send(self, event: Event) -> None:
         self._link.send(event)

@@ -12,6 +12,7 @@ from hornbeam.engine.logs import set_up_logging
 from hornbeam.engine.loop import Built, run_engine
 from hornbeam.engine.remote import SocketLink
 
+WATCHDOG_SECONDS = 300.0  # unless --watchdog-timeout says otherwise
 FAREWELL_SECONDS = 5.0  # for the server to read why the engine failed
 
 
@@ -21,7 +22,7 @@ def main() -> None:
     set_up_logging(options["log_level"], "engine")
     gone = threading.Event()
     threading.Thread(target=_watch_server, args=(gone,), name="hornbeam-watch", daemon=True).start()
-    link = SocketLink(options["folder"])
+    link = SocketLink(options["folder"], options["user"].get("watchdog_timeout", WATCHDOG_SECONDS))
     succeeded = run_engine(lambda: _load(options["build"])(options["user"]), link)
     if not succeeded:
         gone.wait(FAREWELL_SECONDS)

@@ -6,11 +6,14 @@ The server in turn watches the child's exit.
 
 import asyncio
 import contextlib
+import faulthandler
 import json
 import logging
+import math
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -114,9 +117,15 @@ class ProcessEngine:
 
 
 class SocketLink:
-    """The engine's end of the sockets in `folder`, in its process; see `Link`."""
+    """The engine's end of the sockets in `folder`, in its process; see `Link`.
 
-    def __init__(self, folder: str) -> None:
+    If the loop does not come back to `receive` within about `watchdog_timeout` seconds, other than to wait there, the
+    process ends, with the stacks of all threads on stderr.
+    """
+
+    def __init__(self, folder: str, watchdog_timeout: float) -> None:
+        self._watchdog_timeout = watchdog_timeout
+        self._watched_since = -math.inf
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode: Callable[[bytes], Command] = msgspec.msgpack.Decoder(Command).decode
         self._context = zmq.Context()
@@ -128,8 +137,13 @@ class SocketLink:
 
     def receive(self, timeout: float | None) -> Sequence[Command]:
         """See `Link`."""
-        if timeout != 0 and not self._commands.poll(None if timeout is None else int(timeout * 1000)):
-            return ()
+        if timeout != 0:
+            faulthandler.cancel_dump_traceback_later()
+            self._watched_since = -math.inf
+            self._commands.poll(None if timeout is None else int(timeout * 1000))
+        if time.monotonic() - self._watched_since > self._watchdog_timeout / 10:
+            faulthandler.dump_traceback_later(1.1 * self._watchdog_timeout, exit=True)
+            self._watched_since = time.monotonic()
         received = []
         with contextlib.suppress(zmq.Again):
             while True:

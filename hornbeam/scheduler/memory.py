@@ -6,7 +6,7 @@ queues and policies.
 
 from collections.abc import Iterator, Sequence
 
-from hornbeam.cache.node import Holder, Node
+from hornbeam.cache.node import Holder, Node, PrefixListener
 from hornbeam.cache.pages import PADDING_PAGE, PagePool
 from hornbeam.cache.prefix import PrefixTree
 from hornbeam.cache.sizes import least_beside_chunk, reuse_unit
@@ -57,6 +57,7 @@ class Memory:
         self._pools = tuple(PagePool(number) for number in num_pages)
         self._tree = PrefixTree(self._pools, page_size, self.unit, self._windows, cache.eviction_policy)
         self._free_slots = list(range(num_slots - 1, -1, -1))
+        self.num_evicted_pages = 0
 
     def _largest_chunk(self, window: int, num_tokens: int) -> int:
         """That one request can compute in a windowed group of `num_tokens` tokens."""
@@ -170,8 +171,11 @@ class Memory:
         if num_pages > 0:
             for group, pool in enumerate(self._pools):
                 missing = num_pages - pool.num_free
-                if missing > 0 and self._tree.evict(missing, group) < missing:
-                    return False
+                if missing > 0:
+                    num_evicted = self._tree.evict(missing, group)
+                    self.num_evicted_pages += num_evicted
+                    if num_evicted < missing:
+                        return False
             for own, pool in zip(state.pages, self._pools, strict=True):
                 own.extend(pool.allocate(num_pages) or ())
             state.capacity += num_pages * self.page_size
@@ -211,6 +215,10 @@ class Memory:
     def revoke(self, node: Node) -> None:
         """The step that writes `node` failed: nothing of it may be matched any more."""
         self._tree.revoke(node)
+
+    def listen(self, listener: PrefixListener) -> None:
+        """See `PrefixTree.listener`."""
+        self._tree.listener = listener
 
     def flush(self) -> None:
         """Drop the prefix tree; no request may hold anything."""

@@ -12,6 +12,7 @@ import random
 from collections import deque
 from typing import Literal
 
+from hornbeam.cache.node import PrefixListener
 from hornbeam.config.components import CacheOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import BadRequest, Overloaded
@@ -82,6 +83,7 @@ class Scheduler:
         self._news: dict[RequestState, None] = {}
         self._num_submitted = 0
         self._total_prompt = self._total_cached = self._total_generated = 0
+        self._total_finished = self._total_aborted = self._total_refused = self._total_mixed_steps = 0
 
     # What is going on.
 
@@ -123,7 +125,21 @@ class Scheduler:
             total_cached_tokens=self._total_cached,
             total_generated_tokens=self._total_generated,
             total_retractions=self._planner.num_retractions,
+            total_preemptions=self._planner.num_preemptions,
+            total_requests=self._num_submitted,
+            total_finished=self._total_finished,
+            total_aborted=self._total_aborted,
+            total_refused=self._total_refused,
+            total_steps=self._num_planned,
+            total_mixed_steps=self._total_mixed_steps,
+            total_evicted_pages=memory.num_evicted_pages,
+            decode_step_seconds=self._planner.pace.decode_seconds,
+            mixed_step_tokens=self._planner.pace.max_prompt_tokens or 0,
         )
+
+    def listen(self, listener: PrefixListener) -> None:
+        """Tell `listener` what enters the prefix tree and leaves it, from now on. Of no effect on what is planned."""
+        self._memory.listen(listener)
 
     def check(self) -> None:
         """Verify that every page, slot and lock is held by someone who runs. Raises AssertionError with details."""
@@ -173,9 +189,10 @@ class Scheduler:
             return
         if keep_tokens is not None:
             del state.tokens[state.num_prompt + keep_tokens :]
-        self._finish(state, Finish(type="abort", message=message))
-        if keep_tokens is not None:
+            self._finish(state, Finish(type="stop"))
             del self._news[state]
+        else:
+            self._finish(state, Finish(type="abort", message=message))
 
     def abort_all(self) -> None:
         """Abort every request."""
@@ -238,6 +255,7 @@ class Scheduler:
             assert self._in_flight or not self._states, "requests are left, and none of them can ever run"
             return None
         self._num_planned += 1
+        self._total_mixed_steps += bool(step.decode and step.chunks)
         self._in_flight.append(step)
         return StepPlan(
             step_id=step.step_id,
@@ -308,7 +326,10 @@ class Scheduler:
     def _finish(self, state: RequestState, finish: Finish) -> None:
         if state.status is Status.WAITING:
             self._queue.remove(state)
-        if finish.type != "abort":
+        if finish.type == "abort":
+            self._total_aborted += 1
+        else:
+            self._total_finished += 1
             self._estimate.learn(len(state.tokens) - state.num_prompt)
         self._total_prompt += state.num_prompt
         self._total_cached += state.num_cached
@@ -330,5 +351,6 @@ class Scheduler:
         message = f"the request queue is full: {limit} requests are waiting (--max-queued-requests)"
         worst = self._queue.displaced_by(request)
         if worst is None:
+            self._total_refused += 1
             raise Overloaded(message)
         self._finish(worst, Finish(type="abort", message=message, status=Overloaded.status))

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hornbeam.cache.node import Holder, Node
+from hornbeam.cache.node import Holder, Node, prefix_of
 from hornbeam.cache.pages import PagePool
 from hornbeam.cache.prefix import PrefixTree
 
@@ -164,6 +164,27 @@ def test_flush_empties_every_namespace() -> None:
     assert tree.evict(1) == 2
 
 
+class Mirror:
+    """What can be matched, by what a listener hears: the whole units of prefixes."""
+
+    def __init__(self, unit: int) -> None:
+        self.unit = unit
+        self.prefixes: set[tuple[str, tuple[int, ...]]] = set()
+
+    def units(self, node: Node) -> set[tuple[str, tuple[int, ...]]]:
+        namespace, tokens = prefix_of(node)
+        ends = range(node.start + self.unit, node.length + 1, self.unit)
+        return {(namespace, tuple(tokens[:end])) for end in ends}
+
+    def stored(self, node: Node) -> None:
+        assert not self.units(node) & self.prefixes
+        self.prefixes |= self.units(node)
+
+    def removed(self, node: Node) -> None:
+        assert self.units(node) <= self.prefixes
+        self.prefixes -= self.units(node)
+
+
 class Trees(RuleBasedStateMachine):
     """Random use of one tree. The model: (namespace, prefix of whole units) -> pages of its last unit."""
 
@@ -174,6 +195,7 @@ class Trees(RuleBasedStateMachine):
         super().__init__()
         self.pools = [PagePool(self.num_pages), PagePool(self.num_pages + 5)]
         self.tree = PrefixTree(self.pools, self.page_size, self.unit)
+        self.tree.listener = self.mirror = Mirror(self.unit)
         self.model: dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], ...]] = {}
         self.held: list[tuple[str, list[int], Node, int]] = []
         self.step = 0
@@ -267,6 +289,7 @@ class Trees(RuleBasedStateMachine):
             for end in range(self.unit, len(tokens) + 1, self.unit)
         }
         assert locked <= set(self.model)
+        assert self.mirror.prefixes == set(self.model)
 
     def revoked_nodes(self) -> list[Node]:
         found = []

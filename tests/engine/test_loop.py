@@ -1,5 +1,8 @@
 """The loop with the real scheduler, through a link that records."""
 
+import dataclasses
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -8,6 +11,7 @@ from queue import Empty, SimpleQueue
 import fake_engine
 import pytest
 
+from hornbeam.config.components import LoopOptions
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.request import Finish, Request, RequestOutput, SamplingParams
 from hornbeam.engine import envelope
@@ -162,6 +166,36 @@ def test_a_leak_is_logged_and_the_loop_goes_on(engine, monkeypatch, caplog):
     assert "page 5 is nobody's" in caplog.text
     engine.send(envelope.Submit((request("1", "a"),)))
     assert engine.outputs("1")["1"][0] == "bcd"
+
+
+def test_a_strict_engine_ends_at_a_leak(monkeypatch):
+    monkeypatch.setattr("hornbeam.engine.loop.IDLE_SECONDS", 0.01)
+    built = fake_engine.build({})
+    built.scheduler._memory._free_slots.pop()
+    link = RecordingLink()
+    assert not run_engine(lambda: dataclasses.replace(built, options=LoopOptions(strict_checks=True)), link)
+    assert link.events.get() == built.ready
+    assert "slots are lost" in link.events.get().message
+
+
+def test_a_step_that_never_ends_ends_the_engine():
+    engine = RunningEngine(random_seed=60_000, watchdog_timeout=0.1)
+    engine.send(envelope.Submit((request("1", "a", 1),)))
+    failed = engine.event()
+    assert isinstance(failed, envelope.Failed)
+    assert "step 0 has not ended within 0.1 s (--watchdog-timeout)" in failed.message
+
+
+def test_a_loop_that_does_not_come_back_ends_its_process_and_says_where_it_stood(tmp_path):
+    script = (
+        "import sys, time; from hornbeam.engine.remote import SocketLink\n"
+        "link = SocketLink(sys.argv[1], 0.2); link.receive(0)\n"
+        "time.sleep(30)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=20)
+    assert ended.returncode == 1
+    assert "Timeout" in ended.stderr
+    assert "line 3 in <module>" in ended.stderr
 
 
 def test_commands_do_not_wait_for_a_long_step(monkeypatch):

@@ -1,5 +1,6 @@
 """Scheduler and executor together: how a batch is run never changes what it says (greedy, float32)."""
 
+import dataclasses
 import random
 import sys
 from pathlib import Path
@@ -83,6 +84,65 @@ def test_greedy_tokens_are_the_same(
     engine = make_engine(checkpoint, **flags)
     assert run(engine, make_requests(), depth) == alone
     assert run(engine, make_requests(), depth) == alone, "the second time, with a warm prefix cache"
+
+
+def steps(engine: BuiltEngine, number: int, found: dict[str, list[int]], under_way: list[Any]) -> None:
+    """Go on with two steps under way, for `number` steps or to the end."""
+    for _ in range(number):
+        plan = engine.scheduler.plan()
+        if plan is not None:
+            under_way.append(engine.executor.launch(plan))
+        if under_way and (plan is None or len(under_way) == 2):
+            engine.scheduler.apply(under_way.pop(0).result())
+        for output in engine.scheduler.drain():
+            found.setdefault(output.rid, []).extend(output.token_ids)
+        if not engine.scheduler.has_work:
+            break
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"page_size": 1, "chunked_prefill_size": 32}, {"max_total_tokens": 256}], ids=str
+)
+def test_pauses_and_aborts_around_a_request_do_not_change_it(
+    checkpoint: Path, alone: dict[str, list[int]], flags: dict[str, Any]
+) -> None:
+    engine, found, under_way = make_engine(checkpoint, **{"page_size": 4, **flags}), {}, []
+    for request in make_requests():
+        engine.scheduler.submit(request)
+        engine.scheduler.submit(dataclasses.replace(request, rid=f"aborted {request.rid}"))
+    for index, mode in enumerate(["in_place", "retract", "in_place", "retract"]):
+        steps(engine, 3, found, under_way)
+        engine.scheduler.pause(mode)
+        engine.scheduler.abort(f"aborted {index}")
+        steps(engine, 3, found, under_way)
+        engine.scheduler.flush()
+        engine.scheduler.resume()
+    for index in range(4, 10):
+        steps(engine, 1, found, under_way)
+        engine.scheduler.abort(f"aborted {index}")
+    steps(engine, 10_000, found, under_way)
+    assert {rid: ids for rid, ids in found.items() if rid in alone} == alone
+    assert engine.scheduler.flush()
+    engine.scheduler.check()
+
+
+@pytest.mark.parametrize("flags", [{"page_size": 1}, {"page_size": 4, "schedule_policy": "dfs-weight"}], ids=str)
+def test_a_random_prefix_tree_of_400_nodes_in_one_batch(checkpoint: Path, flags: dict[str, Any]) -> None:
+    """Every node's prompt is that of its parent and a bit more. All at once yields what each yields alone."""
+    draw = random.Random(1)
+    prompts = [tuple(draw.randrange(VOCAB_SIZE) for _ in range(4))]
+    while len(prompts) < 400:
+        parent = draw.choice(prompts[-150:])
+        prompts.append(parent + tuple(draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 6))))
+    sampling = SamplingParams(temperature=0, max_new_tokens=4, ignore_eos=True)
+    requests = [Request(rid=str(index), prompt_ids=ids, sampling=sampling) for index, ids in enumerate(prompts)]
+    limits = {"max_total_tokens": 4096, "max_running_requests": 64}
+    together = run(make_engine(checkpoint, **limits, **flags), requests)
+    apart = make_engine(checkpoint, disable_radix_cache=True, **limits)
+    sample = draw.sample(requests, 100)
+    assert {request.rid: together[request.rid] for request in sample} == {
+        rid: ids for request in sample for rid, ids in run(apart, [request], depth=1).items()
+    }
 
 
 def test_seeded_sampling_does_not_depend_on_the_batch(checkpoint: Path) -> None:

@@ -1,6 +1,7 @@
 """The scheduler under random loads and random commands, in pools that are too small."""
 
 import math
+import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,8 +15,13 @@ from hornbeam.scheduler.waiting import POLICIES, RANDOM
 
 pytestmark = pytest.mark.pure
 
+NUM_PROGRAMS = int(os.environ.get("HORNBEAM_TEST_PROGRAMS", "60"))  # of each kind; 500 take a few minutes
 limits = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=NUM_PROGRAMS,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
 )
 
 
