@@ -85,8 +85,11 @@ def _overrides(user: Mapping[str, Any]) -> dict[str, Any]:
 
 def _eos_ids(checkpoint: Checkpoint) -> frozenset[int]:
     """What the checkpoint itself says ends a text; the tokenizer's own end is known to the server."""
-    ids = checkpoint.generation_config.get("eos_token_id", checkpoint.hf_config.get("eos_token_id"))
-    return frozenset(ids if isinstance(ids, list) else () if ids is None else (ids,))
+    given = checkpoint.generation_config.get("eos_token_id", checkpoint.hf_config.get("eos_token_id"))
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise ConfigError(f"{checkpoint.path}: eos_token_id must be a token id or a list of such, not {given!r}")
+    return frozenset(ids)
 
 
 def _facts(options: EngineOptions, config: ModelConfig, device: str) -> dict[str, Any]:

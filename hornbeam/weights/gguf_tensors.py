@@ -129,9 +129,12 @@ def special_ids(file: GgufFile) -> dict[str, Any]:
     """`bos_token_id` and `eos_token_id` as in generation_config.json: a turn's end also ends generation."""
     get = file.metadata.get
     ends = [get("tokenizer.ggml.eos_token_id"), get("tokenizer.ggml.eot_token_id")]
+    start = get("tokenizer.ggml.bos_token_id")
+    if not all(isinstance(token_id, int | None) for token_id in (start, *ends)):
+        raise ConfigError(f"{file.path}: the ids of its first and last tokens must be integers, not {[start, *ends]}")
     unique = list(dict.fromkeys(token_id for token_id in ends if token_id is not None))
     ids = {
-        "bos_token_id": get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": start,
         "eos_token_id": unique[0] if len(unique) == 1 else unique,
     }
     return {name: value for name, value in ids.items() if value not in (None, [])}

@@ -1,3 +1,4 @@
+import contextlib
 import random
 import time
 from itertools import pairwise
@@ -171,6 +172,15 @@ def test_named_chat_templates():
 def test_refusals(changes, message):
     with pytest.raises(ConfigError, match=message):
         read_metadata(metadata(**changes))
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("wrong", [0, -1, 3.5, "x", "", [], ["a"], [1], True, 2**40])
+def test_values_of_wrong_types(wrong):
+    """They are refused, or serve by chance; nothing else happens."""
+    for entry in [*metadata(), "tokenizer.chat_template", "tokenizer.chat_templates"]:
+        with contextlib.suppress(ConfigError):
+            Tokenizer(read_metadata(metadata() | {entry: wrong})).encode("a")
 
 
 @pytest.mark.cpu

@@ -1,14 +1,17 @@
+import contextlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from hornbeam.core.errors import ConfigError
+from hornbeam.models.index import find_family
 from hornbeam.weights.checkpoint import open_checkpoint
 from hornbeam.weights.gguf_tensors import hugging_face_name
 
@@ -106,6 +109,14 @@ def test_gguf_names() -> None:
 def test_unusable_gguf(write_gguf: Callable[..., Path], metadata: dict, tensors: dict, reason: str) -> None:
     with pytest.raises(ConfigError, match=rf"tiny\.gguf.*{reason}"):
         open_checkpoint(write_gguf(metadata, llama_tensors() | tensors))
+
+
+@pytest.mark.parametrize("wrong", [0, 2**31, 3.5, "x", "", ["a"], True])
+def test_gguf_values_of_wrong_types(write_gguf: Callable[..., Path], wrong: Any) -> None:
+    for entry in LLAMA_METADATA:
+        with contextlib.suppress(ConfigError):
+            checkpoint = open_checkpoint(write_gguf(LLAMA_METADATA | {entry: wrong}))
+            find_family(checkpoint.hf_config, model_impl="hornbeam").parse(checkpoint.hf_config)
 
 
 def spoil(name: str, content: str) -> Callable[[Path], None]:

@@ -115,9 +115,8 @@ def _parse_scaling(config: ConfigReader, rope: ConfigReader, dim: int, context_l
                 magnitude=rope.number("attention_factor", _yarn_magnitude(rope, factor)),
             )
         case "longrope" | "su":
-            original = config.size(
-                "original_max_position_embeddings", rope.size("original_max_position_embeddings", context_len)
-            )
+            given = rope.size("original_max_position_embeddings", context_len, least=2)
+            original = config.size("original_max_position_embeddings", given, least=2)
             stretch = math.log(max(rope.number("factor", context_len / original), 1.0))
             return LongScaling(
                 short=rope.numbers("short_factor", dim // 2),

@@ -40,6 +40,19 @@ _SPECIAL_TOKENS = {
 _EOS_ENTRIES = ("eos_token_id", "eot_token_id", "eom_token_id")  # end of sequence, of turn, of message
 
 
+# Metadata entry behind "tokenizer." -> type of its value, or of its list's elements
+_SINGLE = {"chat_template": str, "ggml.model": str, "ggml.pre": str} | {
+    f"ggml.{entry}": int for entry in (*_SPECIAL_TOKENS.values(), *_EOS_ENTRIES)
+}
+_LISTS: dict[str, type | tuple[type, ...]] = {
+    "ggml.tokens": str,
+    "ggml.merges": str,
+    "ggml.scores": (int, float),
+    "ggml.token_type": int,
+    "chat_templates": str,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PreTokenizer:
     """One value of tokenizer.ggml.pre."""
@@ -100,8 +113,10 @@ def read_metadata(metadata: Mapping[str, Any]) -> TokenizerContents:
     """Build the tokenizer that a GGUF file's metadata describes.
 
     Raises:
-        ConfigError: an entry is missing, or names a tokenizer model or pre-tokenizer that is not implemented.
+        ConfigError: an entry is missing or of a wrong type, or names a tokenizer model or pre-tokenizer that is not
+            implemented.
     """
+    _check_types(metadata)
     model = _required(metadata, "model")
     if model not in ("gpt2", "llama", "bert"):
         raise ConfigError(
@@ -133,6 +148,18 @@ def read_metadata(metadata: Mapping[str, Any]) -> TokenizerContents:
     )
 
 
+def _check_types(metadata: Mapping[str, Any]) -> None:
+    for name, value in metadata.items():
+        entry = name.removeprefix("tokenizer.")
+        single = _SINGLE.get(entry, str if entry.startswith("chat_template.") else object)
+        if entry in _LISTS:
+            right = isinstance(value, list) and all(isinstance(element, _LISTS[entry]) for element in value)
+        else:
+            right = isinstance(value, single)
+        if not right:
+            raise ConfigError(f"the GGUF file's {name} is of a wrong type; fetch or convert it again")
+
+
 def _pre_tokenizer(metadata: Mapping[str, Any]) -> _PreTokenizer:
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in _PRE_TOKENIZERS:
@@ -142,10 +169,10 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> _PreTokenizer:
 
 def _byte_level_backend(metadata: Mapping[str, Any], tokens: list[str], pre: _PreTokenizer) -> Tokenizer:
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    pairs = (merge.split(" ", 1) for merge in _required(metadata, "merges"))
+    pairs = (merge.partition(" ") for merge in _required(metadata, "merges"))
     try:
         model = models.BPE(
-            vocab=vocabulary, merges=[(left, right) for left, right in pairs], ignore_merges=pre.ignore_merges
+            vocab=vocabulary, merges=[(left, right) for left, _, right in pairs], ignore_merges=pre.ignore_merges
         )
     except Exception as error:  # the library raises bare Exception for merges that the vocabulary lacks
         raise ConfigError(f"the GGUF file's vocabulary and merges do not fit together: {error}") from error

@@ -85,7 +85,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """The entries `<name>_token`; each is a string or a described token."""
     described = {name: value for name, value in config.items() if name.endswith("_token")}
-    texts = {name: value["content"] if isinstance(value, dict) else value for name, value in described.items()}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in described.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
