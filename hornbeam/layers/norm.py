@@ -13,14 +13,14 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, context: BuildContext) -> None:
         super().__init__()
         self.weight = empty_parameter((size,), context)
-        self._eps = eps
+        self.eps = eps
         self._norm = context.kernels.norm
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[T, H] -> [T, H]. A given residual [T, H] becomes residual + x, in place, and its norm is returned."""
         if residual is None:
-            return self._norm.rms_norm(x, self.weight, self._eps)
-        return self._norm.add_rms_norm(x, residual, self.weight, self._eps)
+            return self._norm.rms_norm(x, self.weight, self.eps)
+        return self._norm.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class QueryKeyNorm(nn.Module):
@@ -35,13 +35,12 @@ class QueryKeyNorm(nn.Module):
         query_size, key_size = (head_dim, head_dim) if per_head else self._sizes
         self.query = RMSNorm(query_size, eps, context)
         self.key = RMSNorm(key_size, eps, context)
-        self._eps = eps
         self.per_head = per_head
 
     def of_heads(self) -> HeadNorms:
         """What norms each head by itself."""
         assert self.per_head
-        return HeadNorms(query=self.query.weight, key=self.key.weight, eps=self._eps)
+        return HeadNorms(query=self.query.weight, key=self.key.weight, eps=self.query.eps)
 
     def forward(self, qkv: Tensor) -> Tensor:
         """[T, (Hq + 2 Hk) D], of which all queries and all keys of a token are normalised together; returned."""

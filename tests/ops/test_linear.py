@@ -4,10 +4,11 @@ from ops.closeness import assert_close
 
 pytest.importorskip("triton")
 
+from hornbeam.ops.linear.contract import InputNorm
 from hornbeam.ops.linear.reference import ReferenceLinear
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 2])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 13])
 @pytest.mark.parametrize(
     ("num_in", "num_out", "bias"),
     [(64, 96, False), (576, 1030, True), (4096, 64, False), (8704, 16, True), (8200, 7, True)],
@@ -15,7 +16,32 @@ from hornbeam.ops.linear.reference import ReferenceLinear
 def test_linear(device, dtype, num_rows, num_in, num_out, bias):
     from hornbeam.ops.linear.triton import BACKEND
 
+    if device.type == "cpu" and dtype == torch.bfloat16 and num_rows > 1:
+        pytest.skip("Triton's interpreter cannot multiply bfloat16 matrices")
     x = torch.randn(num_rows, num_in + 32, device=device).to(dtype)[:, :num_in]
     weight = torch.randn(num_out, num_in, device=device).to(dtype) / num_in**0.5
     offset = torch.randn(num_out, device=device).to(dtype) if bias else None
     assert_close(BACKEND.linear(x, weight, offset), ReferenceLinear().linear(x, weight, offset))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("num_in", "num_out", "bias"), [(64, 96, False), (576, 1030, True), (8704, 16, True)])
+def test_normed(device, dtype, num_in, num_out, bias, added, gated):
+    from hornbeam.ops.linear.triton import BACKEND
+
+    x, residual = (torch.randn(1, num_in, device=device).to(dtype) for _ in "xr")
+    weight = torch.randn(num_out, num_in, device=device).to(dtype) / num_in**0.5
+    offset = torch.randn(num_out, device=device).to(dtype) if bias else None
+    norm = InputNorm(weight=torch.rand(num_in, device=device).to(dtype) + 0.5, eps=1e-5)
+    arguments = x, residual if added else None, norm, weight, offset
+    before = x.clone(), residual.clone()
+    out, total = BACKEND.normed(*arguments, gated=gated)
+    expected, expected_total = ReferenceLinear().normed(*arguments, gated=gated)
+    assert_close(total, expected_total)
+    if dtype == torch.float32:
+        assert_close(out, expected)
+    else:  # the reference rounds after the norm, too
+        torch.testing.assert_close(out, expected, rtol=4e-2, atol=4e-2)
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])

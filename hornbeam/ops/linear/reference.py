@@ -3,11 +3,16 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from hornbeam.ops.activation.reference import ReferenceActivation
+from hornbeam.ops.linear.contract import InputNorm
+from hornbeam.ops.norm.reference import ReferenceNorm
 from hornbeam.ops.query import OpQuery
 
 
 class ReferenceLinear:
     """Serves every device and shape."""
+
+    fused_rows = 0
 
     def supports(self, query: OpQuery) -> str | None:
         """Always."""
@@ -16,6 +21,14 @@ class ReferenceLinear:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `LinearProduct`."""
         return F.linear(x, weight, bias)
+
+    def normed(
+        self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `LinearProduct`."""
+        total = x if residual is None else x + residual
+        out = F.linear(ReferenceNorm().rms_norm(total, norm.weight, norm.eps), weight, bias)
+        return ReferenceActivation().silu_mul(out) if gated else out, total
 
 
 BACKEND = ReferenceLinear()

@@ -1,8 +1,9 @@
-"""Products with a single row, which only read the weights once: as near to memory bandwidth as it gets.
+"""Products with few rows, which only read the weights once: as near to memory bandwidth as it gets.
 
-The vendor's library takes matrix units to a single row, too, and splits some shapes with a second kernel; here each
-program sums a few outputs on plain lanes, and its first weights arrive while the kernel ahead still runs. More rows go
-to the library.
+For a single row the vendor's library takes matrix units, too, and splits some shapes with a second kernel; here each
+program sums a few outputs on plain lanes, can normalise its input and gate its output on the way, and its first weights
+arrive while the kernel ahead still runs. From 2 to 16 rows matrix units pay, but small matrices are over before the
+library's kernels have begun. The rest goes to the library.
 """
 
 import torch
@@ -13,7 +14,11 @@ from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import early_launch
+from hornbeam.ops.linear.contract import InputNorm
 from hornbeam.ops.query import OpQuery
+
+_MAX_ROWS = 16  # what a matrix unit takes at once
+_LARGEST_FOR_ROWS = 64 * 2**20  # weights; from there on the library is as fast for several rows
 
 
 @triton.jit
@@ -25,43 +30,160 @@ def _load_weights(pointers, valid, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _accumulate(
+    total,
+    up_total,
+    squares,
+    tile,
+    up_tile,
+    x_ptr,
+    residual_ptr,
+    sum_ptr,
+    norm_weight_ptr,
+    features,
+    inside,
+    ADD: tl.constexpr,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Add one tile's products with x + residual, which is rounded where the reference rounds.
+
+    The first program keeps the sum for others.
+    """
+    x = tl.load(x_ptr + features, mask=inside, other=0.0)
+    if ADD:
+        residual = tl.load(residual_ptr + features, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        if tl.program_id(0) == 0:
+            tl.store(sum_ptr + features, x, mask=inside)
+    x = x.to(tl.float32)
+    if NORM:
+        squares += x * x
+        x *= tl.load(norm_weight_ptr + features, mask=inside, other=0.0).to(tl.float32)
+    total += tile.to(tl.float32) * x[None, :]
+    if GATED:
+        up_total += up_tile.to(tl.float32) * x[None, :]
+    return total, up_total, squares
+
+
+@triton.jit
 def _row_kernel(
     x_ptr,
+    residual_ptr,
+    norm_weight_ptr,
     weight_ptr,
     bias_ptr,
     out_ptr,
+    sum_ptr,
+    eps,
     K: tl.constexpr,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """BLOCK_N outputs. The first tile of weights does not wait for x."""
+    """BLOCK_N of N outputs. The first tile of weights does not wait for x.
+
+    The norm divides by one number, so it is applied to the outputs: the sum of squares grows along with the products.
+    """
     EVEN: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = columns < N
     features = tl.arange(0, BLOCK_K)
     weights = weight_ptr + columns[:, None].to(tl.int64) * K + features[None, :]
+    up_weights = weights + N * K if GATED else weights
+    tile = _load_weights(weights, valid, features < K, EVEN)
+    up_tile = _load_weights(up_weights, valid, features < K, EVEN) if GATED else tile
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    up_total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    total, up_total, squares = _accumulate(
+        total, up_total, squares, tile, up_tile,
+        x_ptr, residual_ptr, sum_ptr, norm_weight_ptr, features, features < K, ADD, NORM, GATED,
+    )  # fmt: skip
+    for begin in range(BLOCK_K, K, BLOCK_K):
+        inside = begin + features < K
+        tile = _load_weights(weights + begin, valid, inside, EVEN)
+        up_tile = _load_weights(up_weights + begin, valid, inside, EVEN) if GATED else tile
+        total, up_total, squares = _accumulate(
+            total, up_total, squares, tile, up_tile,
+            x_ptr, residual_ptr, sum_ptr, norm_weight_ptr, begin + features, inside, ADD, NORM, GATED,
+        )  # fmt: skip
+    out, up = tl.sum(total, 1), tl.sum(up_total, 1)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        out *= factor
+        up *= factor
+    if HAS_BIAS:
+        out += tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)
+        if GATED:
+            up += tl.load(bias_ptr + N + columns, mask=valid, other=0.0).to(tl.float32)
+    if GATED:
+        out = out / (1.0 + tl.exp(-out)) * up
+    tl.store(out_ptr + columns, out.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _load_rows(pointers, present, inside, EVEN: tl.constexpr):
+    """Some features of all rows, [features, rows]."""
+    if EVEN:
+        return tl.load(pointers, mask=present[None, :], other=0.0)
+    return tl.load(pointers, mask=present[None, :] & inside[:, None], other=0.0)
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    num_rows,
+    x_stride,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """BLOCK_N outputs of all rows, as W x^T. The first tile of weights does not wait for x."""
+    EVEN: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = columns < N
+    features = tl.arange(0, BLOCK_K)
+    rows = tl.arange(0, ROWS)
+    present = rows < num_rows
+    weights = weight_ptr + columns[:, None].to(tl.int64) * K + features[None, :]
+    inputs = x_ptr + rows[None, :] * x_stride + features[:, None]
     tile = _load_weights(weights, valid, features < K, EVEN)
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    x = tl.load(x_ptr + features, mask=features < K, other=0.0)
-    total = tile.to(tl.float32) * x.to(tl.float32)[None, :]
+    x = _load_rows(inputs, present, features < K, EVEN)
+    total = tl.dot(tile, x)
     for begin in range(BLOCK_K, K, BLOCK_K):
         inside = begin + features < K
         tile = _load_weights(weights + begin, valid, inside, EVEN)
-        x = tl.load(x_ptr + begin + features, mask=inside, other=0.0)
-        total += tile.to(tl.float32) * x.to(tl.float32)[None, :]
-    out = tl.sum(total, 1)
+        x = _load_rows(inputs + begin, present, inside, EVEN)
+        total = tl.dot(tile, x, total)
     if HAS_BIAS:
-        out += tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)
-    tl.store(out_ptr + columns, out.to(out_ptr.dtype.element_ty), mask=valid)
+        total += tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)[:, None]
+    out = out_ptr + rows[None, :] * N + columns[:, None]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=present[None, :] & valid[:, None])
 
 
 class TritonLinear:
     """See `LinearProduct`."""
+
+    fused_rows = 1
 
     def supports(self, query: OpQuery) -> str | None:
         """CUDA devices."""
@@ -69,36 +191,96 @@ class TritonLinear:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `LinearProduct`."""
-        if x.shape[0] != 1:
-            return F.linear(x, weight, bias)
-        num_out, num_in = weight.shape
-        assert weight.is_contiguous()
-        assert x.stride(1) == 1
-        out = torch.empty((1, num_out), dtype=x.dtype, device=x.device)
-        block_n, block_k, num_warps = _tile(num_in, num_out)
-        _row_kernel[(triton.cdiv(num_out, block_n),)](
-            x,
-            weight,
-            weight if bias is None else bias,
-            out,
-            K=num_in,
-            N=num_out,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            HAS_BIAS=bias is not None,
-            num_warps=num_warps,
-            **early_launch(x.device),
-        )
-        return out
+        num_rows = x.shape[0]
+        if num_rows == 1:
+            return _single_row(x, None, None, weight, bias, gated=False)[0]
+        if 1 < num_rows <= _MAX_ROWS and x.dtype.itemsize == 2 and weight.numel() <= _LARGEST_FOR_ROWS:
+            return _few_rows(x, weight, bias)
+        return F.linear(x, weight, bias)
+
+    def normed(
+        self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `LinearProduct`."""
+        return _single_row(x, residual, norm, weight, bias, gated=gated)
 
 
-def _tile(num_in: int, num_out: int) -> tuple[int, int, int]:
-    """Outputs and inputs per program and its warps: the best of a search on an H200 over the shapes of an 8B model."""
+def _single_row(
+    x: Tensor, residual: Tensor | None, norm: InputNorm | None, weight: Tensor, bias: Tensor | None, *, gated: bool
+) -> tuple[Tensor, Tensor]:
+    """See `LinearProduct.normed`."""
+    num_out, num_in = weight.shape
+    assert weight.is_contiguous()
+    assert x.shape[0] == x.stride(1) == 1
+    if gated:
+        num_out //= 2
+    out = torch.empty((1, num_out), dtype=x.dtype, device=x.device)
+    total = x if residual is None else torch.empty((1, num_in), dtype=x.dtype, device=x.device)
+    block_n, block_k, num_warps = _single_row_tile(num_in, num_out)
+    _row_kernel[(triton.cdiv(num_out, block_n),)](
+        x,
+        x if residual is None else residual,
+        weight if norm is None else norm.weight,
+        weight,
+        weight if bias is None else bias,
+        out,
+        total,
+        0.0 if norm is None else norm.eps,
+        K=num_in,
+        N=num_out,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        HAS_BIAS=bias is not None,
+        ADD=residual is not None,
+        NORM=norm is not None,
+        GATED=gated,
+        num_warps=num_warps,
+        **early_launch(x.device),
+    )
+    return out, total
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    num_rows, (num_out, num_in) = x.shape[0], weight.shape
+    assert weight.is_contiguous()
+    assert x.stride(1) == 1
+    out = torch.empty((num_rows, num_out), dtype=x.dtype, device=x.device)
+    block_n, block_k, num_warps = _few_rows_tile(num_in, num_out)
+    _rows_kernel[(triton.cdiv(num_out, block_n),)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        out,
+        num_rows,
+        x.stride(0),
+        K=num_in,
+        N=num_out,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        ROWS=_MAX_ROWS,
+        HAS_BIAS=bias is not None,
+        num_warps=num_warps,
+        num_stages=6,
+        **early_launch(x.device),
+    )
+    return out
+
+
+# Outputs and inputs per program and its warps: the best of searches on an H200 over shapes of 0.6B and 8B models.
+
+
+def _single_row_tile(num_in: int, num_out: int) -> tuple[int, int, int]:
     if num_in > 8192:
         return 8, 512, 8
     if 4096 < num_out <= 8192:
         return 8, 256, 4
     return 4, min(2048, triton.next_power_of_2(num_in)), 8
+
+
+def _few_rows_tile(num_in: int, num_out: int) -> tuple[int, int, int]:
+    if num_in >= 4096 and num_out >= 4096:
+        return 32, 256, 4
+    return 16, 128, 2
 
 
 BACKEND = TritonLinear()
