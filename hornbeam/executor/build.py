@@ -75,7 +75,8 @@ def build_executor(
     num_pages = _num_pages(specs, options, platform)
     with platform.tagged("kv"):
         executor.use_pool(CachePool(specs, num_pages, page_size, platform.device))
-    if options.executor.graph_batch_sizes and kernels.decode_attention.captures:
+    captures = kernels.decode_attention.captures and kernels.single_attention.captures
+    if options.executor.graph_batch_sizes and captures:
         with platform.tagged("graphs"):
             executor.capture(options.executor.graph_batch_sizes)
     return BuiltExecutor(executor=executor, specs=specs, num_pages=num_pages)
@@ -115,9 +116,10 @@ def _shape(config: ModelConfig, spec: CacheSpec, page_size: int, max_pages: int,
 
 
 def _attention(kernels: Kernels, shape: AttentionShape, max_rows: int) -> GroupAttention:
-    decode = kernels.decode_attention.create(shape, max_rows)
-    same = kernels.prefill_attention is kernels.decode_attention
-    return GroupAttention(decode=decode, prefill=decode if same else kernels.prefill_attention.create(shape, max_rows))
+    backends = kernels.decode_attention, kernels.prefill_attention, kernels.single_attention
+    made = {id(backend): backend.create(shape, max_rows) for backend in backends}
+    decode, prefill, single = (made[id(backend)] for backend in backends)
+    return GroupAttention(single=single, decode=decode, prefill=prefill)
 
 
 def _load(

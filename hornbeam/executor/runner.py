@@ -28,8 +28,9 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupAttention:
-    """The attention of one cache group in one lane; decode and prefill may be done by different backends."""
+    """The attention of one cache group in one lane; each may be done by another backend."""
 
+    single: Attention  # decode of one row alone
     decode: Attention
     prefill: Attention
 
@@ -122,7 +123,8 @@ class Runner:
             shared=None if self._least_shared[group] is None else shared,
             captured=captured,
         )
-        return self._attention[lane][group].decode.plan_decode(rows)
+        attention = self._attention[lane][group]
+        return (attention.single if len(slots) == 1 else attention.decode).plan_decode(rows)
 
     def _plan_prefill(self, lane: int, group: int, plan: StepPlan, batch: Batch) -> Attend:
         rows = Rows(
@@ -131,5 +133,6 @@ class Runner:
             lens=batch.chunk_ends.int(),
             len_bounds=[chunk.start + len(chunk.token_ids) for chunk in plan.chunks],
             query_lens=[len(chunk.token_ids) for chunk in plan.chunks],
+            fresh=True,
         )
         return self._attention[lane][group].prefill.plan_prefill(rows)

@@ -72,5 +72,5 @@ class Attention(nn.Module):
         if group.decode is not None:
             outputs.append(group.decode(q[:n], cache.k, cache.v, sinks))
         if group.prefill is not None:
-            outputs.append(group.prefill(q[n:], cache.k, cache.v, sinks))
+            outputs.append(group.prefill(q[n:], cache.k, cache.v, sinks, (k[n:], v[n:])))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

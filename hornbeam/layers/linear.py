@@ -36,11 +36,11 @@ class Linear(nn.Module):
         rows = sum(parts)
         self.weight = empty_parameter((rows, in_features), context)
         self.bias = empty_parameter((rows,), context) if bias else None
-        self._product = context.kernels.linear
+        self.product = context.kernels.linear
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, in_features] -> [T, sum(parts)]. `fwd` tells which adapters apply."""
-        return self._product.linear(x, self.weight, self.bias)
+        return self.product.linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION, Activation
-from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, AttentionBackend
+from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION, AttentionBackend
 from hornbeam.ops.linear.contract import LINEAR, LinearProduct
 from hornbeam.ops.norm.contract import NORM, Norm
 from hornbeam.ops.probes import Probes
@@ -31,6 +31,7 @@ class Kernels:
     prefill_attention: AttentionBackend
     qkv: Qkv
     sample: Sample
+    single_attention: AttentionBackend
 
 
 def choose_kernels(query: OpQuery, decode_attention: str = "auto", prefill_attention: str = "auto") -> Kernels:
@@ -48,6 +49,7 @@ def choose_kernels(query: OpQuery, decode_attention: str = "auto", prefill_atten
         prefill_attention=_choose(PREFILL_ATTENTION, query, probes.attention, prefill_attention),
         qkv=_choose(QKV, query, probes.qkv),
         sample=_choose(SAMPLE, query, probes.sample),
+        single_attention=_choose(SINGLE_ATTENTION, query, probes.attention, decode_attention),
     )
 
 

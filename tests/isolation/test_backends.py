@@ -8,7 +8,7 @@ from harness import Sequence, as_tensor, make_engine
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION
-from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION
+from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
 from hornbeam.ops.kernels import choose_kernels
 from hornbeam.ops.linear.contract import LINEAR
 from hornbeam.ops.norm.contract import NORM
@@ -19,7 +19,7 @@ from hornbeam.ops.sample.contract import SAMPLE
 
 pytestmark = pytest.mark.cpu
 
-REGISTRIES = (ACTIVATION, DECODE_ATTENTION, LINEAR, NORM, PREFILL_ATTENTION, QKV, SAMPLE)
+REGISTRIES = (ACTIVATION, DECODE_ATTENTION, LINEAR, NORM, PREFILL_ATTENTION, QKV, SAMPLE, SINGLE_ATTENTION)
 QUERY = OpQuery(device="cpu", dtype="float32", num_heads=4, num_kv_heads=2, head_dim=8, page_size=16)
 BROKEN = {
     "raises-on-import": ("raise OSError('no such driver')", "OSError: no such driver"),
@@ -62,7 +62,7 @@ def reason(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.name)
 def test_it_is_skipped_with_its_reason(registry: Registry, reason: str) -> None:
     choice = registry.choose(
-        QUERY, probe=getattr(Probes(QUERY), registry.name.removeprefix("decode_").removeprefix("prefill_"))
+        QUERY, probe=getattr(Probes(QUERY), "attention" if "attention" in registry.name else registry.name)
     )
     assert choice.name != "broken"
     assert choice.skipped[0][0] == "broken"

@@ -122,3 +122,19 @@ def test_what_is_not_compiled_is_refused(backend, shape):
     assert "head size" in backend.supports(dataclasses.replace(query, dtype="bfloat16", head_dim=512))
     assert "sinks" in backend.supports(dataclasses.replace(query, dtype="bfloat16", sinks=True))
     assert "CUDA" in backend.supports(dataclasses.replace(query, device="cpu"))
+
+
+def test_prompts_with_nothing_before_them(backend, shape):
+    lens = [1, 130, 500]
+    case = make_case(shape, lens, lens)
+    rows = dataclasses.replace(case.rows, fresh=True)
+    fresh = []
+    for pages in (case.k_pages, case.v_pages):
+        cells = [
+            rows.page_tables[slot, position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+            for slot, length in zip(rows.slots.tolist(), lens, strict=True)
+            for position in range(length)
+        ]
+        fresh.append(pages.flatten(0, 1)[torch.stack(cells).long()])
+    out = backend.create(shape, 8).plan_prefill(rows)(case.q, case.k_pages, case.v_pages, None, tuple(fresh))
+    check(case, out)

@@ -21,7 +21,11 @@ def test_linear(device, dtype, num_rows, num_in, num_out, bias):
     x = torch.randn(num_rows, num_in + 32, device=device).to(dtype)[:, :num_in]
     weight = torch.randn(num_out, num_in, device=device).to(dtype) / num_in**0.5
     offset = torch.randn(num_out, device=device).to(dtype) if bias else None
-    assert_close(BACKEND.linear(x, weight, offset), ReferenceLinear().linear(x, weight, offset))
+    out, expected = BACKEND.linear(x, weight, offset), ReferenceLinear().linear(x, weight, offset)
+    if dtype == torch.float16:  # thousands of terms in another order
+        torch.testing.assert_close(out, expected, rtol=1e-2, atol=2e-3)
+    else:
+        assert_close(out, expected)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -9,6 +9,7 @@ from hornbeam.layers.context import BuildContext
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.linear import Embedding, Head, Linear
 from hornbeam.layers.norm import QueryKeyNorm, RMSNorm
+from hornbeam.layers.normed import normed_linear
 from hornbeam.ops.rope.frequencies import rope_table
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ class LlamaAttention(nn.Module):
         self.attend = Attention(layer, heads, kv_heads, head_dim, context)
         self.output = Linear(heads * head_dim, (config.hidden_size,), context, bias=config.output_bias, split="in")
 
-    def forward(self, x: Tensor, rotary: Rotary | None, positions: Tensor, fwd: Forward) -> Tensor:
-        """[T, H] -> [T, H]."""
-        qkv, norm = self.qkv(x, fwd), self.norm
+    def forward(self, qkv: Tensor, rotary: Rotary | None, positions: Tensor, fwd: Forward) -> Tensor:
+        """What `qkv` projected [T, (Hq + 2 Hk) D] -> [T, H]."""
+        norm = self.norm
         if norm is not None and not norm.per_head:
             qkv, norm = norm(qkv), None
         return self.output(self.attend(qkv, norm, rotary, positions, fwd), fwd)
@@ -46,11 +47,11 @@ class LlamaMLP(nn.Module):
         size, bias = config.intermediate_size, config.mlp_bias
         self.gate_up = Linear(config.hidden_size, (size, size), context, bias=bias, split="out")
         self.down = Linear(size, (config.hidden_size,), context, bias=bias, split="in")
-        self._activation = context.kernels.activation
+        self.activation = context.kernels.activation
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, H]."""
-        return self.down(self._activation.silu_mul(self.gate_up(x, fwd)), fwd)
+        return self.down(self.activation.silu_mul(self.gate_up(x, fwd)), fwd)
 
 
 class LlamaBlock(nn.Module):
@@ -68,10 +69,10 @@ class LlamaBlock(nn.Module):
         self, x: Tensor, residual: Tensor | None, rotary: Rotary | None, positions: Tensor, fwd: Forward
     ) -> tuple[Tensor, Tensor | None]:
         """x [T, H], residual [T, H] or None in the first layer -> the block's output and the sum up to it."""
-        normed = self.attention_norm(x, residual)
-        residual = x if residual is None else residual
-        x = scaled(self.attention(normed, rotary, positions, fwd), self._multiplier)
-        return scaled(self.mlp(self.mlp_norm(x, residual), fwd), self._multiplier), residual
+        qkv, residual = normed_linear(self.attention_norm, self.attention.qkv, x, residual, fwd)
+        x = scaled(self.attention(qkv, rotary, positions, fwd), self._multiplier)
+        hidden, residual = normed_linear(self.mlp_norm, self.mlp.gate_up, x, residual, fwd, self.mlp.activation)
+        return scaled(self.mlp.down(hidden, fwd), self._multiplier), residual
 
 
 class PostNormBlock(LlamaBlock):
@@ -81,7 +82,7 @@ class PostNormBlock(LlamaBlock):
         self, x: Tensor, residual: Tensor | None, rotary: Rotary | None, positions: Tensor, fwd: Forward
     ) -> tuple[Tensor, Tensor | None]:
         """x [T, H], residual None -> the sum [T, H], None."""
-        x = x + self.attention_norm(self.attention(x, rotary, positions, fwd))
+        x = x + self.attention_norm(self.attention(self.attention.qkv(x, fwd), rotary, positions, fwd))
         return x + self.mlp_norm(self.mlp(x, fwd)), None
 
 

@@ -43,17 +43,23 @@ class Rows:
     len_bounds: Sequence[int]  # B upper bounds of `lens`
     query_lens: Sequence[int]  # B: queries of each row; for decode all the same
     shared: Sequence[SharedPrefix] | None = None  # prefixes to be read once; None: each row reads all of its own
+    fresh: bool = False  # `attend` gets the keys and values of the queries' own tokens, too
     captured: bool = False  # `attend` runs inside a graph: addresses must stay the same for this B
+
+
+Fresh = tuple[Tensor, Tensor]  # k and v [T, Hk, D]: what the step has written for the queries' own tokens
 
 
 class Attend(Protocol):
     """A planned attention; valid until the same lane plans again."""
 
-    def __call__(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+    ) -> Tensor:
         """q [T, Hq, D] over k_pages and v_pages [P, S, Hk, D] -> [T, Hq, D].
 
         sinks: [Hq], of a model that has them (`OpQuery.sinks`): a score of each head that takes its part of the
-        softmax, and adds nothing to the sum.
+        softmax, and adds nothing to the sum. fresh: needed if `Rows.fresh` was set.
         """
 
 
@@ -89,10 +95,13 @@ _TRITON = "hornbeam.ops.attention.triton:BACKEND"
 _CPU = "hornbeam.ops.attention.cpu:BACKEND"
 _REFERENCE = "hornbeam.ops.attention.reference:BACKEND"
 
-# The orders are those of measurements on an H200 (32 query and 8 key-value heads of 128, bfloat16). Decode of one row
-# is faster in Triton (243 against 237 tokens/s of an 8B model), batches of uneven or long rows in FlashInfer, which
-# balances them over the device (`mix` 13.9 against 14.3 s, `prefix` 2.3 against 2.6 s). Prefill of 8192 tokens takes
-# 1.0 ms in FlashInfer and 2.0 in Triton.
+# The orders are those of measurements on an H200 (8 key-value heads of 128, bfloat16). Decode of one row over 400
+# tokens takes 7.6 us in Triton and 9.5 in FlashInfer (over 8,000 both take 18); batches of uneven or long rows are
+# faster in FlashInfer, which balances them over the device (`mix` of an 8B model 13.9 against 14.3 s). Prefill of two
+# prompts of 4,096 tokens takes 0.45 ms in FlashInfer and 1.0 in Triton.
+SINGLE_ATTENTION: Registry[OpQuery, AttentionBackend] = Registry(
+    "single_attention", {"triton": _TRITON, "flashinfer": _FLASHINFER, "reference": _REFERENCE}
+)
 DECODE_ATTENTION: Registry[OpQuery, AttentionBackend] = Registry(
     "decode_attention", {"flashinfer": _FLASHINFER, "triton": _TRITON, "cpu": _CPU, "reference": _REFERENCE}
 )

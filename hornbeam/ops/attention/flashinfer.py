@@ -13,12 +13,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
+from flashinfer import (
+    BatchDecodeWithPagedKVCacheWrapper,
+    BatchPrefillWithPagedKVCacheWrapper,
+    BatchPrefillWithRaggedKVCacheWrapper,
+)
 from flashinfer.jit.attention import gen_batch_prefill_module
 from torch import Tensor
 
 from hornbeam.ops.attention.cascade import Cascade
-from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Rows
+from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows
 from hornbeam.ops.attention.page_lists import PageLists
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.query import OpQuery
@@ -50,6 +54,7 @@ class FlashInferAttention:
         # Of pages and keys that are not in the window FlashInfer is not told; the window's first page it masks itself.
         self._masks = {"window_left": (shape.window or 0) - 1, "logits_soft_cap": shape.soft_cap}
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(self._scratch, "NHD", backend=backend)
+        self._prompts = BatchPrefillWithRaggedKVCacheWrapper(self._scratch, "NHD", backend=backend)
 
     def plan_decode(self, rows: Rows) -> Attend:
         """See `Attention`."""
@@ -85,7 +90,9 @@ class FlashInferAttention:
         if rows.shared is None:
             return attend
 
-        def attend_shared(q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None) -> Tensor:
+        def attend_shared(
+            q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+        ) -> Tensor:
             own, own_lse = wrapper.run(q, (k_pages, v_pages), return_lse=True)
             return self._cascade.attend(rows, q, k_pages, v_pages, own, own_lse)
 
@@ -96,6 +103,8 @@ class FlashInferAttention:
         shape, pages = self._shape, self._prefill_pages
         num_tokens = np.zeros(len(rows.query_lens) + 1, dtype=np.int32)
         np.cumsum(rows.query_lens, out=num_tokens[1:])
+        if rows.fresh and list(rows.len_bounds) == list(rows.query_lens):
+            return self._plan_prompts(torch.from_numpy(num_tokens))
         len_bounds: Sequence[int] | np.ndarray = rows.len_bounds
         skips = None
         if shape.window is not None:
@@ -121,9 +130,36 @@ class FlashInferAttention:
             max_token_per_sequence=max(rows.query_lens),
         )
 
-        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None) -> Tensor:
+        def attend(
+            q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+        ) -> Tensor:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             result: Tensor = self._prefill.run(q, (k_pages, v_pages), out=out)
+            return result
+
+        return attend
+
+    def _plan_prompts(self, indptr: Tensor) -> Attend:
+        """Prompts with nothing before them: their keys and values are read where they were made, which is faster."""
+        shape = self._shape
+        self._prompts.plan(
+            indptr,
+            indptr,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            causal=True,
+            q_data_type=shape.dtype,
+            kv_data_type=shape.dtype,
+            sm_scale=shape.scale,
+            **self._masks,
+        )
+
+        def attend(
+            q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+        ) -> Tensor:
+            assert fresh is not None, "planned for keys and values that are given"
+            result: Tensor = self._prompts.run(q, *fresh)
             return result
 
         return attend
@@ -143,7 +179,9 @@ class FlashInferAttention:
         # Its own buffers of 8 MiB go back: a lane plans one step at a time, so all its wrappers can share a small one.
         wrapper.reset_workspace_buffer(self._scratch, self._plan_buffer)
 
-        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None) -> Tensor:
+        def attend(
+            q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+        ) -> Tensor:
             result: Tensor = wrapper.run(q, (k_pages, v_pages))
             return result
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Rows
+from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows
 from hornbeam.ops.query import OpQuery
 
 
@@ -39,7 +39,9 @@ class ReferenceAttention:
         numbers = zip(rows.slots.tolist(), query_lens, rows.lens.tolist(), strict=True)
         keys = [self._keys(rows.page_tables[slot], num_queries, length) for slot, num_queries, length in numbers]
 
-        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None) -> Tensor:
+        def attend(
+            q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+        ) -> Tensor:
             parts = zip(q.split(query_lens), keys, strict=True)
             return torch.cat([self._attend(*part, k_pages, v_pages, sinks) for part in parts])
 

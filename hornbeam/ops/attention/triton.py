@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Rows
+from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import early_launch
 from hornbeam.ops.query import OpQuery
@@ -101,7 +101,7 @@ def _attend_kernel(
         cell = ((page * PAGE_SIZE + keys % PAGE_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
         k = tl.load(k_ptr + cell[None, :] + dims[:, None], mask=inside[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee")
-        if SOFT_CAP:  # tanh(x) = 2 sigmoid(2 x) - 1
+        if SOFT_CAP != 0.0:  # tanh(x) = 2 sigmoid(2 x) - 1
             scores = (2 * tl.sigmoid(scores * (2 * scale / SOFT_CAP)) - 1) * (SOFT_CAP * 1.4426950408889634)
         else:
             scores *= scale * 1.4426950408889634  # to base 2
@@ -189,7 +189,9 @@ class TritonAttention:
         early = early_launch(shape.device)
         num_stages = 3 if shape.dtype.itemsize == 2 else 1  # keys and values of each stage wait in shared memory
 
-        def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None) -> Tensor:
+        def attend(
+            q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+        ) -> Tensor:
             assert q.stride(2) == 1
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             parts, lse = out, out
