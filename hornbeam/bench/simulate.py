@@ -241,7 +241,9 @@ class Simulation:
             self._num_answered[number], self._sent_at[number] = 0, when
             # The seed tells whose tokens a slot is to sample.
             sampling = SamplingParams(max_new_tokens=len(turn.answer), ignore_eos=True, seed=number)
-            self._scheduler.submit(Request(rid=str(number), prompt_ids=self._texts[number], sampling=sampling))
+            self._scheduler.submit(
+                Request(rid=str(number), prompt_ids=self._texts[number], sampling=sampling, streamed=True)
+            )
 
     def _sample(self, plan: StepPlan) -> tuple[tuple[int, ...], ...]:
         for start in plan.starts:

@@ -107,6 +107,7 @@ class Request:
     logprobs: LogprobOptions | None = None
     priority: int = 0
     routing_key: str | None = None  # requests with the same one do well to run together
+    streamed: bool = False  # somebody reads token by token
 
     def check_ids(self, vocab_size: int) -> None:
         """Raises BadRequest for a token id, or a position, that does not exist; the error names the field."""

@@ -239,6 +239,7 @@ class Frontend:
             if request.priority is None
             else request.priority,
             routing_key=request.routing_key,
+            streamed=request.stream_interval is not None,
             logprobs=request.logprobs,
         )
 

@@ -164,10 +164,13 @@ class Planner:
             budget -= num_tokens
 
     def _prompt_budget(self) -> int:
-        """Prompt tokens of the next step. Streams set the pace, unless so many wait that throughput counts."""
+        """Prompt tokens of the next step. Streams set the pace, unless so many wait that throughput counts, or nobody
+        reads along."""
         limit, num_streams = self.pace.max_prompt_tokens, len(self._running.decoding)
         num_waiting = len(self._running.prefilling) + len(self._queue)
         if limit is None or not num_streams or num_waiting > max(FEW, num_streams // FEW):
+            return self._memory.chunk_size
+        if not any(state.request.streamed for state in self._running.decoding):
             return self._memory.chunk_size
         return min(self._memory.chunk_size, max(limit, self._memory.unit))
 
