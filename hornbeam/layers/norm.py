@@ -1,9 +1,12 @@
-"""RMS normalisation with its weight: of hidden rows, and of queries and keys."""
+"""RMS normalisation with its weight: of hidden rows, alone or on their way into a product, and of queries and keys."""
 
 from torch import Tensor, nn
 
 from hornbeam.layers.context import BuildContext
-from hornbeam.layers.linear import empty_parameter
+from hornbeam.layers.forward import Forward
+from hornbeam.layers.linear import Linear, empty_parameter
+from hornbeam.ops.activation.contract import Activation
+from hornbeam.ops.linear.contract import InputNorm
 from hornbeam.ops.qkv.contract import HeadNorms
 
 
@@ -51,3 +54,24 @@ class QueryKeyNorm(nn.Module):
             part.copy_(norm(part))
             start += size
         return qkv
+
+
+def normed_linear(
+    norm: RMSNorm,
+    linear: Linear,
+    x: Tensor,
+    residual: Tensor | None,
+    fwd: Forward,
+    activation: Activation | None = None,
+) -> tuple[Tensor, Tensor]:
+    """linear(norm(x + residual)), gated by silu if there is an `activation`, and x + residual: the way into a half block.
+
+    One kernel where that is faster.
+    x and residual are [T, H]; residual is None ahead of the first block, and may be changed in place.
+    """
+    gated = activation is not None
+    if 1 <= x.shape[0] <= linear.product.fused_rows and fwd.adapters is None:
+        settings = InputNorm(weight=norm.weight, eps=norm.eps)
+        return linear.product.normed(x, residual, settings, linear.weight, linear.bias, gated=gated)
+    out = linear(norm(x, residual), fwd)
+    return activation.silu_mul(out) if activation is not None else out, x if residual is None else residual

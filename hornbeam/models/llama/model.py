@@ -8,8 +8,7 @@ from hornbeam.layers.attention import Attention, Rotary
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.linear import Embedding, Head, Linear
-from hornbeam.layers.norm import QueryKeyNorm, RMSNorm
-from hornbeam.layers.normed import normed_linear
+from hornbeam.layers.norm import QueryKeyNorm, RMSNorm, normed_linear
 from hornbeam.ops.rope.frequencies import rope_table
 
 if TYPE_CHECKING:
