@@ -66,7 +66,8 @@ def normed_linear(
 ) -> tuple[Tensor, Tensor]:
     """linear(norm(x + residual)), gated by silu if there is an `activation`, and x + residual.
 
-    As one kernel where that is faster. x and residual are [T, H]; residual is None ahead of the first block, and may be changed in place.
+    As one kernel where that is faster. x and residual are [T, H]; residual is None ahead of the first block, and may be
+    changed in place.
     """
     gated = activation is not None
     if 1 <= x.shape[0] <= linear.product.fused_rows and fwd.adapters is None:
