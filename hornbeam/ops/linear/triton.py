@@ -216,7 +216,8 @@ def _single_row(
         num_out //= 2
     out = torch.empty((1, num_out), dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty((1, num_in), dtype=x.dtype, device=x.device)
-    block_n, block_k, num_warps = _single_row_tile(num_in, num_out)
+    tile = _single_row_tile(num_in, num_out) if norm is None else _normed_tile(num_in, gated)
+    block_n, block_k, num_warps = tile
     _row_kernel[(triton.cdiv(num_out, block_n),)](
         x,
         x if residual is None else residual,
@@ -266,15 +267,30 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-# Outputs and inputs per program and its warps: the best of searches on an H200 over shapes of 0.6B and 8B models.
+# Outputs and inputs per program and its warps: the best of searches on an H200 over the shapes of 0.6B and 8B models.
 
 
 def _single_row_tile(num_in: int, num_out: int) -> tuple[int, int, int]:
     if num_in > 8192:
-        return 8, 512, 8
-    if 4096 < num_out <= 8192:
-        return 8, 256, 4
-    return 4, min(2048, triton.next_power_of_2(num_in)), 8
+        return 1, _stretch(num_in, 2048), 8
+    if num_in >= 4096:
+        return 4, _stretch(num_in, 2048), 8
+    if num_out > 16 * num_in:  # a head
+        return 4, _stretch(num_in, 512), 2
+    return 2, _stretch(num_in, 1024), 4
+
+
+def _normed_tile(num_in: int, gated: bool) -> tuple[int, int, int]:
+    """Here x takes work, too, so that fewer, longer stretches of it pay."""
+    if num_in >= 4096:
+        return 2 if gated else 4, _stretch(num_in, 4096), 8
+    return 4, _stretch(num_in, 1024), 4
+
+
+def _stretch(num_in: int, most: int) -> int:
+    """The largest power of two up to `most` that divides the inputs, unless that is small: masks cost less then."""
+    divisor = num_in & -num_in
+    return min(most, divisor if divisor >= 256 else triton.next_power_of_2(num_in))
 
 
 def _few_rows_tile(num_in: int, num_out: int) -> tuple[int, int, int]:
