@@ -61,11 +61,14 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_int, value))
+    """Without a call for each item: prompts are long."""
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return False
+    return not value or (-(2**63) <= min(value) and max(value) < 2**63)
 
 
 def _is_prompt_ids(value: Any) -> bool:
-    return isinstance(value, list) and (all(map(_is_int, value)) or all(map(_is_ids, value)))
+    return _is_ids(value) or (isinstance(value, list) and all(map(_is_ids, value)))
 
 
 def _is_strings(value: Any) -> bool:
