@@ -64,7 +64,7 @@ def _is_ids(value: Any) -> bool:
     """Without a call for each item: prompts are long."""
     if not isinstance(value, list) or not set(map(type, value)) <= {int}:
         return False
-    return not value or (-(2**63) <= min(value) and max(value) < 2**63)
+    return not value or (min(value) >= -(2**63) and max(value) < 2**63)
 
 
 def _is_prompt_ids(value: Any) -> bool:
