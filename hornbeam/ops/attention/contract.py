@@ -100,7 +100,7 @@ _REFERENCE = "hornbeam.ops.attention.reference:BACKEND"
 # faster in FlashInfer, which balances them over the device (`mix` of an 8B model 13.9 against 14.3 s). Prefill of two
 # prompts of 4,096 tokens takes 0.45 ms in FlashInfer and 1.0 in Triton.
 SINGLE_ATTENTION: Registry[OpQuery, AttentionBackend] = Registry(
-    "single_attention", {"triton": _TRITON, "flashinfer": _FLASHINFER, "reference": _REFERENCE}
+    "single_attention", {"triton": _TRITON, "flashinfer": _FLASHINFER, "cpu": _CPU, "reference": _REFERENCE}
 )
 DECODE_ATTENTION: Registry[OpQuery, AttentionBackend] = Registry(
     "decode_attention", {"flashinfer": _FLASHINFER, "triton": _TRITON, "cpu": _CPU, "reference": _REFERENCE}

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Rows
+from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows
 from hornbeam.ops.device import needs_cpu
 from hornbeam.ops.query import OpQuery
 
@@ -139,7 +139,9 @@ class _CpuAttend:
         self._order = order  # where each query's result stands among the batches'; None: as they come
         self._prefixes = prefixes
 
-    def __call__(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+    ) -> Tensor:
         """See `Attend`."""
         parts = [self._run(batch, q, k_pages, v_pages) for batch in self._batches]
         outs, sums = [out for out, _ in parts], [sums for _, sums in parts]
