@@ -113,6 +113,36 @@ def test_tokens_with_equal_logits_stay_or_go_together() -> None:
     assert lowest.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("rounded", [False, True])
+def test_thresholds_by_the_largest_logits_are_those_by_all(rounded: bool) -> None:
+    """Rows that settle early and rows that do not; rounded, so that many logits are equal."""
+    num_rows, vocab_size = 24, 3000
+    torch.manual_seed(0)
+    logits = torch.randn(num_rows, vocab_size) * torch.linspace(0.1, 6, num_rows).unsqueeze(1)
+    logits = logits.round() if rounded else logits
+    top_ks = torch.tensor([0, 1, 40, 1023, 1024, 1500, 2999, 10**6]).repeat(3)
+    top_ps = torch.tensor([1.0, 0.3, 0.95]).repeat_interleave(8)
+    temperatures = torch.tensor([0.7, 1.0, 0.0]).repeat(8)
+    lowest = ReferenceSample().thresholds(logits, temperatures, top_ks, top_ps, torch.zeros(num_rows))
+    alone = [
+        ReferenceSample().thresholds(
+            logits[row : row + 1].expand(2, -1),
+            temperatures[[row, row]],
+            torch.stack((top_ks[row], torch.tensor(2999))),  # the second row needs all
+            torch.stack((top_ps[row], torch.tensor(0.9999))),
+            torch.zeros(2),
+        )[0]
+        for row in range(num_rows)
+    ]
+    torch.testing.assert_close(lowest, torch.stack(alone))
+    for row, threshold in enumerate(lowest.tolist()):
+        num_kept = int((logits[row] >= threshold).sum())
+        if temperatures[row] == 0 or (top_ps[row] == 1 and not 0 < top_ks[row] < vocab_size):
+            assert num_kept == vocab_size
+        elif top_ps[row] == 1:
+            assert num_kept >= top_ks[row] > int((logits[row] > threshold).sum())
+
+
 def test_min_p_is_relative_to_the_likeliest() -> None:
     logits = torch.log(torch.tensor([0.5, 0.2, 0.06, 0.24]))
     sampler = make_sampler(SamplingParams(min_p=0.3))

@@ -6,6 +6,7 @@ from torch import Tensor
 from hornbeam.ops.query import OpQuery
 from hornbeam.ops.sample.contract import GENERATED
 
+_NUM_CANDIDATES = 1024
 _WORD = 0xFFFFFFFF
 
 
@@ -49,19 +50,14 @@ class ReferenceSample:
     def thresholds(
         self, logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
     ) -> Tensor:
-        """See `Sample`."""
-        ordered = logits.float().sort(-1, descending=True).values
-        everything = torch.full_like(temperatures, -torch.inf)
-        limited = (top_ks > 0) & (top_ks < logits.shape[1])
-        kth = ordered.gather(1, torch.where(limited, top_ks - 1, 0).unsqueeze(1)).squeeze(1)
-        lowest = torch.where(limited, kth, everything)
-        scaled = ordered / torch.where(temperatures > 0, temperatures, 1.0).unsqueeze(1)
-        probs = scaled.masked_fill(ordered < lowest.unsqueeze(1), -torch.inf).softmax(-1)
-        num_kept = ((probs.cumsum(-1) - probs) < top_ps.unsqueeze(1)).sum(-1).clamp(1)
-        nucleus = ordered.gather(1, (num_kept - 1).unsqueeze(1)).squeeze(1)
-        lowest = torch.maximum(lowest, torch.where(top_ps < 1, nucleus, everything))
-        lowest = torch.maximum(lowest, ordered[:, 0] + temperatures * min_ps.log())
-        return torch.where(temperatures > 0, lowest, everything)
+        """See `Sample`. Nearly always a row's answer is among its largest logits; else all are put in order."""
+        logits = logits.float()
+        filters = (temperatures, top_ks, top_ps, min_ps)
+        for num in (_NUM_CANDIDATES, logits.shape[1]):
+            lowest, settled = _lowest_kept(logits, min(num, logits.shape[1]), *filters)
+            if settled:
+                break
+        return lowest
 
     def penalize(
         self, logits: Tensor, slots: Tensor, counts: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor
@@ -72,6 +68,27 @@ class ReferenceSample:
         factor = repetition.unsqueeze(1)
         penalized = torch.where(seen > 0, torch.where(logits > 0, logits / factor, logits * factor), logits)
         return penalized - frequency.unsqueeze(1) * generated - presence.unsqueeze(1) * (generated > 0)
+
+
+def _lowest_kept(
+    logits: Tensor, num: int, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
+) -> tuple[Tensor, bool]:
+    """Thresholds [R] by the largest `num` logits of each row, and whether these were enough to tell."""
+    vocab_size, random = logits.shape[1], temperatures > 0
+    limited, cut = random & (top_ks > 0) & (top_ks < vocab_size), random & (top_ps < 1)
+    scales = torch.where(random, temperatures, 1.0).unsqueeze(1)
+    ordered = logits.topk(num).values
+    kth = ordered.gather(1, torch.where(limited, top_ks - 1, 0).clamp(max=num - 1).unsqueeze(1)).squeeze(1)
+    lowest = torch.where(limited, kth, -torch.inf)
+    kept = (ordered / scales).masked_fill(ordered < lowest.unsqueeze(1), -torch.inf)
+    totals = torch.where(limited, kept.logsumexp(1), (logits / scales).logsumexp(1))
+    probs = (kept - totals.unsqueeze(1)).exp()
+    num_kept = ((probs.cumsum(1) - probs) < top_ps.unsqueeze(1)).sum(1).clamp(1)
+    nucleus = ordered.gather(1, (num_kept - 1).unsqueeze(1)).squeeze(1)
+    settled = num == vocab_size or not bool((limited & (ordered[:, -1] >= kth) | cut & (num_kept == num)).any())
+    lowest = torch.where(cut, torch.maximum(lowest, nucleus), lowest)
+    lowest = torch.where(random, torch.maximum(lowest, ordered[:, 0] + temperatures * min_ps.log()), -torch.inf)
+    return lowest, settled
 
 
 BACKEND = ReferenceSample()
