@@ -21,6 +21,7 @@ ARCHITECTURES: dict[str, str] = {
     "GraniteForCausalLM": "llama",
     "Olmo2ForCausalLM": "llama",
     "InternLM2ForCausalLM": "llama",
+    "SeedOssForCausalLM": "llama",
     "gguf:llama": "llama",
     "gguf:qwen2": "llama",
     "gguf:qwen3": "llama",

@@ -36,6 +36,7 @@ ROWS: dict[str, Row] = {
     "GraniteForCausalLM": Row(multipliers=True),
     "Olmo2ForCausalLM": Row(qk_norm="whole", post_norm=True),
     "InternLM2ForCausalLM": Row(layout="grouped"),
+    "SeedOssForCausalLM": Row(qkv_bias=True),
     "gguf:llama": Row(paired_rotation=True),
     "gguf:qwen2": Row(qkv_bias=True),
     "gguf:qwen3": Row(qk_norm="head"),

@@ -56,6 +56,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "phi3, longrope": {"rope_parameters": LONG, "original_max_position_embeddings": 32},
     "granite": GRANITE,
     "olmo2": {},
+    "seed_oss": {"head_dim": 24},
 }
 
 
