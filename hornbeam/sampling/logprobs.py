@@ -11,7 +11,7 @@ from hornbeam.core.request import LogprobOptions, TokenLogprobs
 from hornbeam.sampling.lists import SlotLists, padded
 
 # Rows whose logits are in float32 at once: this bounds the memory that scoring a long prompt takes.
-BLOCK_ROWS = 64
+BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from harness import Generated, make_engine, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hornbeam.core.request import LogprobOptions, Request, SamplingParams, TokenLogprobs
+from hornbeam.sampling import logprobs
 
 pytestmark = pytest.mark.cpu
 
@@ -89,8 +90,9 @@ def flat(entries: list[TokenLogprobs]) -> list[float]:
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 def test_nothing_depends_on_how_it_is_run(
-    checkpoint: Path, alone: dict[str, Generated], flags: dict[str, Any], depth: int
+    checkpoint: Path, alone: dict[str, Generated], flags: dict[str, Any], depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logprobs, "BLOCK_ROWS", 16)
     engine = make_engine(checkpoint, **flags)
     for retract_after in ((), (), (3, 4, 12, 25)):  # the second time with a warm prefix cache
         for rid, result in run(engine, make_requests(), depth, retract_after).items():
