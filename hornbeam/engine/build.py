@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,17 @@ def build_engine(user: Mapping[str, Any]) -> Built:
     facts = platform.facts()
     options = resolve_engine(user, family.name, family.defaults(config, facts.name), config, facts)
     built = build_executor(family, config, checkpoint, options, platform)
-    scheduler = _make_scheduler(
-        options.loop.record,
-        options=options.scheduler,
-        cache=options.cache,
-        specs=built.specs,
-        num_pages=built.num_pages,
-        context_len=options.model.context_len,
-        eos_ids=_eos_ids(checkpoint),
-        vocab_size=config.vocab_size,
-    )
+    arguments: dict[str, Any] = {
+        "options": options.scheduler,
+        "cache": options.cache,
+        "specs": built.specs,
+        "num_pages": built.num_pages,
+        "context_len": options.model.context_len,
+        "eos_ids": _eos_ids(checkpoint),
+        "vocab_size": config.vocab_size,
+    }
+    record = None if options.loop.record is None else _open_record(options.loop.record)
+    scheduler = Scheduler(**arguments) if record is None else RecordingScheduler(record, **arguments)
     ready = Ready(
         context_len=options.model.context_len,
         vocab_size=config.vocab_size,
@@ -59,16 +61,14 @@ def build_engine(user: Mapping[str, Any]) -> Built:
         max_running_requests=options.scheduler.max_running_requests,
         facts=_facts(options, config, facts.device) | {"model_type": checkpoint.hf_config.get("model_type")},
     )
-    return Built(scheduler=scheduler, executor=built.executor, ready=ready, options=options.loop)
+    return Built(scheduler=scheduler, executor=built.executor, ready=ready, options=options.loop, resource=record)
 
 
-def _make_scheduler(record: str | None, **arguments: Any) -> Scheduler:
-    if record is None:
-        return Scheduler(**arguments)
+def _open_record(path: str) -> FileIO:
     try:
-        return RecordingScheduler(open(record, "wb", buffering=0), **arguments)
+        return FileIO(path, "w")  # unbuffered: what was told before a crash is there
     except OSError as error:
-        raise ConfigError(f"--record-schedule {record} cannot be written: {error}") from error
+        raise ConfigError(f"--record-schedule {path} cannot be written: {error}") from error
 
 
 def _overrides(user: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,12 +79,15 @@ class Built:
     executor: Executor
     ready: Ready
     options: LoopOptions
+    resource: AbstractContextManager[Any] | None = None  # to be closed at the end
 
 
 def run_engine(build: Callable[[], Built], link: Link) -> bool:
     """Build an engine and run it until it is told to end. False if it failed; the server has been told why."""
     try:
-        EngineLoop(build(), link).run()
+        built = build()
+        with built.resource or nullcontext():
+            EngineLoop(built, link).run()
     except (ConfigError, FamilyUnavailable) as error:
         link.send(Failed(message=str(error), is_config=True))
     except Exception as error:

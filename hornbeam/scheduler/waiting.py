@@ -144,6 +144,8 @@ class WaitingQueue:
         """It has been admitted, or has ended."""
         del self._waiting[state]
         self._num_left += 1
+        if not self._waiting:
+            self._by_age.clear()
         if self._batch and self._batch[-1] is state:
             self._batch.pop()
         elif state in self._batch:
