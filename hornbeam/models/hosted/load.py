@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from hornbeam.core.errors import ConfigError
 from hornbeam.layers.context import BuildContext
 from hornbeam.models.hosted.attention import IMPLEMENTATION
 from hornbeam.models.hosted.config import HostedConfig
@@ -36,8 +35,6 @@ def load(config: HostedConfig, context: BuildContext, checkpoint: Checkpoint) ->
     Raises:
         ConfigError: names or shapes do not fit the model, or a tensor cannot be read.
     """
-    if checkpoint.format == "gguf":
-        raise ConfigError("a GGUF file's tensors are known to model families only, not to transformers' modules")
     hf_config = read_config(config.hf_config)
     source = checkpoint.source
     tensors = dict(source.read(source.shapes().keys()))  # views of mapped files: read when they are copied

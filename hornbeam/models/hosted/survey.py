@@ -64,6 +64,8 @@ def survey(hf_config: Mapping[str, Any]) -> HostedConfig:
 
 def read_config(hf_config: Mapping[str, Any]) -> PreTrainedConfig:
     """The config as an object of transformers, set to call our attention."""
+    if any(str(name).startswith("gguf:") for name in hf_config["architectures"]):
+        raise ConfigError("tensors of GGUF files are known to model families only, not to transformers' modules")
     register()
     model_type = str(hf_config.get("model_type"))
     if model_type not in transformers.CONFIG_MAPPING:

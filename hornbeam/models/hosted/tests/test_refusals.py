@@ -53,6 +53,11 @@ def test_code_that_comes_with_a_checkpoint() -> None:
         FAMILY.parse(config)
 
 
+def test_gguf_files_need_a_family() -> None:
+    with pytest.raises(ConfigError, match="GGUF files are known to model families only"):
+        FAMILY.parse({"architectures": ["gguf:gpt2"], "model_type": "gpt2"})
+
+
 def test_a_model_that_is_chosen_by_hand() -> None:
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
     assert find_family(config).name == "hosted"
