@@ -10,7 +10,7 @@ _COMMANDS = {  # name -> (where it is; what it does)
     "serving": ("hornbeam.bench.serving:main", "load on a running server: throughput and latencies"),
     "one-batch-server": ("hornbeam.bench.one_batch:main_server", "one batch at a time on a running server"),
     "one-batch": ("hornbeam.bench.one_batch:main", "one batch at a time on an engine in this process"),
-    "offline": ("hornbeam.bench.offline_run:main", "fixed workloads on an engine in this process"),
+    "offline": ("hornbeam.bench.offline_run:main", "fixed workloads, or a data set, on an engine in this process"),
     "ablation": ("hornbeam.bench.ablation:main", "what each part of the design is worth, by switching it off"),
     "simulate": ("hornbeam.bench.scheduling:simulate", "the scheduler's policies on a pretended GPU"),
     "replay": ("hornbeam.bench.scheduling:replay", "whether the scheduler plans what it planned before"),

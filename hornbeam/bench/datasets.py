@@ -12,6 +12,12 @@ from hornbeam.core.errors import ConfigError
 from hornbeam.text.tokenizer import Tokenizer
 
 NAMES = ("random", "random-ids", "sharegpt", "generated-shared-prefix", "custom")
+TEXT_DATASETS = ("sharegpt", "custom")  # need a tokenizer
+DATASET_FLAGS = (  # as attributes of the parsed values
+    *("dataset_name", "dataset_path", "num_prompts", "seed", "random_input_len", "random_output_len"),
+    *("random_range_ratio", "sharegpt_output_len", "sharegpt_context_len", "gsp_num_groups", "gsp_prompts_per_group"),
+    *("gsp_system_prompt_len", "gsp_question_len", "gsp_output_len"),
+)
 _FIRST_ID = 5  # below it are special tokens, in most vocabularies
 
 

@@ -1,13 +1,15 @@
 """`hornbeam bench offline`: workloads on an engine in this process."""
 
+import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from hornbeam import Engine, __version__
+from hornbeam.bench.datasets import DATASET_FLAGS, TEXT_DATASETS, add_dataset_flags, draw_samples
 from hornbeam.bench.offline import Measurement, measure
 from hornbeam.bench.profile import ProfiledEngine, traced
 from hornbeam.bench.report import append_json, show
@@ -15,6 +17,7 @@ from hornbeam.bench.workloads import WORKLOADS, Workload, warm_up
 from hornbeam.core.errors import ConfigError
 from hornbeam.engine.logs import set_up_logging
 from hornbeam.serve.cli import FlagParser, checked
+from hornbeam.text.tokenizer import load_tokenizer
 
 _ROW = "{:<10} {:>8} {:>10} {:>10} {:>10} {:>9} {:>11} {:>13}"
 _TITLES = ("workload", "requests", "tokens in", "tokens out", "cached", "seconds", "tok/s out", "tok/s in+out")
@@ -32,13 +35,26 @@ def main(argv: Sequence[str]) -> int:
     )
     if not 0 < scale <= 1:
         raise ConfigError(f"--scale must be above 0 and at most 1, not {scale}")
+    own = argparse.Namespace(**{name: values.pop(name) for name in list(values) if name in DATASET_FLAGS})
     names = list(WORKLOADS) if "all" in names else names
-    run_offline([WORKLOADS[name](scale) for name in names], scale, json_path, checked(values), profile, trace)
+    user = checked(values)
+
+    def workloads(info: Mapping[str, Any]) -> list[Workload]:
+        if own.dataset_name is None:
+            return [WORKLOADS[name](scale) for name in names]
+        path = user.get("tokenizer_path", info["model_path"])
+        tokenizer = load_tokenizer(path) if own.dataset_name in TEXT_DATASETS else None
+        samples = draw_samples(own, tokenizer, info["vocab_size"])
+        prompts = tuple(sample.token_ids for sample in samples)
+        lens = tuple(sample.num_output for sample in samples)
+        return [Workload(name=own.dataset_name, prompts=prompts, output_lens=lens, temperature=0.0)]
+
+    run_offline(workloads, scale, json_path, user, profile, trace)
     return 0
 
 
 def run_offline(
-    workloads: Sequence[Workload],
+    draw: Callable[[Mapping[str, Any]], Sequence[Workload]],
     scale: float,
     json_path: Path | None,
     user: dict[str, Any],
@@ -48,7 +64,7 @@ def run_offline(
     """Measure on an engine with the checked flags `user`; print, and append to `json_path`.
 
     Args:
-        workloads: what to run, after a warm-up.
+        draw: what to run after a warm-up, drawn when the engine has told its facts (see `get_server_info`).
         scale: of the warm-up.
         json_path: a file for the JSON lines.
         user: checked flags.
@@ -65,6 +81,7 @@ def run_offline(
         startup_seconds = round(time.perf_counter() - started, 2)
         info = engine.get_server_info()
         show(f"hornbeam {__version__}, {info['model_path']}, {info['device_name']}, ready in {startup_seconds:.1f} s")
+        workloads = draw(info)
         for workload in warm_up(scale):
             measure(engine, workload)
         show(_ROW.format(*_TITLES))
@@ -102,6 +119,7 @@ def _parser() -> FlagParser:
     parser.add_argument(
         "--profile-trace", type=Path, metavar="FILE", help="Run the first workload again under torch's profiler."
     )
+    add_dataset_flags(parser, None)
     parser.add_flags()
     return parser
 

@@ -37,7 +37,7 @@ def plot_serving(result: Mapping[str, Any], path: Path) -> None:
     counts = [0] * seconds
     for moment in times:
         counts[int(moment)] += 1
-    rate.step(range(seconds), counts, where="post")
+    rate.stairs(counts, fill=True)
     rate.set_xlabel("seconds")
     rate.set_ylabel("tokens per second")
     figure.savefig(path, dpi=120)

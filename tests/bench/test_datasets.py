@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from hornbeam.bench.datasets import add_dataset_flags, draw_samples
+from hornbeam.bench.datasets import DATASET_FLAGS, add_dataset_flags, draw_samples
 from hornbeam.core.errors import ConfigError
 
 pytestmark = pytest.mark.pure
@@ -14,6 +14,10 @@ def values(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_dataset_flags(parser, "random")
     return parser.parse_args(flags)
+
+
+def test_the_flags_are_listed():
+    assert set(vars(values())) == set(DATASET_FLAGS)
 
 
 def test_lengths_are_within_the_range():

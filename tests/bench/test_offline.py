@@ -71,3 +71,24 @@ def test_a_scale_out_of_range_is_refused(scale, capsys):
 
     assert main(["offline", "--scale", scale]) == 1
     assert "--scale" in capsys.readouterr().err
+
+
+@pytest.mark.cpu
+def test_a_data_set_and_where_time_goes(tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    import hornbeam.bench.workloads as workloads
+    from hornbeam.bench.cli import main
+
+    monkeypatch.setattr(workloads, "_END_ID", 300)
+    path, trace = tmp_path / "lines.json", tmp_path / "trace.json"
+    flags = ["--model-path", str(tiny_checkpoint), "--device", "cpu", "--max-total-tokens", "1024", "--scale", "0.01"]
+    flags += ["--dataset-name", "random", "--num-prompts", "3", "--random-input", "9", "--random-output", "4"]
+    flags += ["--profile", "--profile-trace", str(trace), "--json", str(path)]
+    assert main(["offline", *flags]) == 0
+    (line,) = map(json.loads, path.read_text("utf-8").splitlines())
+    assert (line["workload"], line["num_requests"]) == ("random", 3)
+    split = line["profile"]
+    stages = sum(value for name, value in split.items() if "CPU" in name or "waiting" in name)
+    assert stages == pytest.approx(split["seconds"], rel=0.01)
+    assert 0 < split["device busy"] <= split["seconds"]
+    assert "device busy" in capsys.readouterr().out
+    assert json.loads(trace.read_text("utf-8"))["traceEvents"]
