@@ -33,12 +33,12 @@ class Placement:
     """Where a checkpoint tensor goes: `parameter` of the model, as part `part` of it if several are fused.
 
     unpermute_heads undoes GGUF's order of rotary rows; ungroup_heads takes apart a tensor that holds, for each
-    key-value head, its queries, key and value.
+    key-value head, its queries, key and value; add_one is for factors that are stored as what they differ from 1 by.
     """
 
     parameter: str
     part: int | None = 0  # None: the tensor holds all parts
-    transform: Literal["none", "unpermute_heads", "ungroup_heads"] = "none"
+    transform: Literal["none", "unpermute_heads", "ungroup_heads", "add_one"] = "none"
     heads: int = 0  # heads in the tensor (ungroup_heads: key-value heads)
     head_dim: int = 0  # for ungroup_heads
 
@@ -46,7 +46,8 @@ class Placement:
 class ModelFamily(Protocol):
     """One folder under `models/`; `FAMILY` in its `spec` module. `models/index.py` lists its architectures.
 
-    Optional attributes, asked for by name where they matter: `step_state`, `chat_format`, `media`; and
+    Optional attributes, asked for by name where they matter: `step_state`, `chat_format`, `media`; `unread`, beginnings
+    of the names of tensors that belong to parts of a model which the family leaves out; and
     `load(config, context, checkpoint)`, the model with its weights, of a family whose models load themselves.
     """
 

@@ -148,7 +148,7 @@ def _load(
     if dummy:
         draw_dummy(model, options.model.seed)
     elif load is None:
-        load_weights(model, checkpoint, family.weight_map(config))
+        load_weights(model, checkpoint, family.weight_map(config), getattr(family, "unread", ()))
     return model.eval()
 
 

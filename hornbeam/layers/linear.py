@@ -71,6 +71,6 @@ class Head(nn.Module):
         return self._product.linear(hidden, self.weight if tied is None else tied.weight, None)
 
 
-def empty_parameter(shape: tuple[int, ...], context: BuildContext) -> nn.Parameter:
-    """An uninitialised parameter without gradient."""
-    return nn.Parameter(torch.empty(shape, dtype=context.dtype, device=context.device), requires_grad=False)
+def empty_parameter(shape: tuple[int, ...], context: BuildContext, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """An uninitialised parameter without gradient, in the model's number format unless `dtype` says otherwise."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype or context.dtype, device=context.device), requires_grad=False)

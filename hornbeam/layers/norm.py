@@ -1,5 +1,6 @@
 """RMS normalisation with its weight: of hidden rows, alone or on their way into a product, and of queries and keys."""
 
+import torch
 from torch import Tensor, nn
 
 from hornbeam.layers.context import BuildContext
@@ -11,11 +12,14 @@ from hornbeam.ops.qkv.contract import HeadNorms
 
 
 class RMSNorm(nn.Module):
-    """Normalises; with a residual, adds first and keeps the sum."""
+    """Normalises; with a residual, adds first and keeps the sum.
 
-    def __init__(self, size: int, eps: float, context: BuildContext) -> None:
+    wide: the weight is float32, for models that learn how much it differs from 1: near 1 half precision is coarse.
+    """
+
+    def __init__(self, size: int, eps: float, context: BuildContext, *, wide: bool = False) -> None:
         super().__init__()
-        self.weight = empty_parameter((size,), context)
+        self.weight = empty_parameter((size,), context, torch.float32 if wide else None)
         self.eps = eps
         self._norm = context.kernels.norm
 
@@ -30,14 +34,22 @@ class QueryKeyNorm(nn.Module):
     """The norms of queries and keys: of each head by itself, or of all heads of a token together."""
 
     def __init__(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, context: BuildContext, *, per_head: bool
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float,
+        context: BuildContext,
+        *,
+        per_head: bool,
+        wide: bool = False,
     ) -> None:
         super().__init__()
         axis = context.grid.attn_tp
         self._sizes = tuple(axis.share(heads, "heads") * head_dim for heads in (num_heads, num_kv_heads))
         query_size, key_size = (head_dim, head_dim) if per_head else self._sizes
-        self.query = RMSNorm(query_size, eps, context)
-        self.key = RMSNorm(key_size, eps, context)
+        self.query = RMSNorm(query_size, eps, context, wide=wide)
+        self.key = RMSNorm(key_size, eps, context, wide=wide)
         self.per_head = per_head
 
     def of_heads(self) -> HeadNorms:

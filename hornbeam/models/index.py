@@ -12,6 +12,11 @@ from hornbeam.core.registry import Registry
 from hornbeam.weights.wheel import WheelFile
 
 ARCHITECTURES: dict[str, str] = {
+    "Gemma2ForCausalLM": "gemma",
+    "Gemma3ForCausalLM": "gemma",
+    "Gemma3ForConditionalGeneration": "gemma",
+    "gguf:gemma2": "gemma",
+    "gguf:gemma3": "gemma",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "llama",
@@ -31,7 +36,9 @@ ARCHITECTURES: dict[str, str] = {
     "gguf:olmo2": "llama",
     "gguf:internlm2": "llama",
 }
-FAMILIES: Registry[None, ModelFamily] = Registry("models", {"llama": "hornbeam.models.llama.spec:FAMILY"})
+FAMILIES: Registry[None, ModelFamily] = Registry(
+    "models", {"gemma": "hornbeam.models.gemma.spec:FAMILY", "llama": "hornbeam.models.llama.spec:FAMILY"}
+)
 # For what no family claims; `supports(hf_config)` looks at the model
 HOSTS: Registry[Mapping[str, Any], ModelFamily] = Registry(
     "hosts", {"transformers": "hornbeam.models.hosted.spec:FAMILY"}

@@ -30,8 +30,9 @@ class Probes:
         self._zeros = partial(torch.zeros, dtype=getattr(torch, query.dtype), device=self._device)
 
     def activation(self, backend: Activation) -> None:
-        """One token."""
+        """One token, each way."""
         backend.silu_mul(self._zeros(1, 2 * self._size))
+        backend.gelu_tanh_mul(self._zeros(1, 2 * self._size))
         self._wait()
 
     def attention(self, backend: AttentionBackend) -> None:

@@ -30,7 +30,11 @@ _CONFIG_KEYS = {
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
     "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
     "rope.dimension_count": "rotary_dim",
     "expert_count": "num_local_experts",
     "expert_used_count": "num_experts_per_tok",
@@ -52,6 +56,7 @@ _LAYER_TENSOR_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_BETWEEN_NORMS = {"blk.0.ffn_norm.weight", "blk.0.post_attention_norm.weight"}  # the former is usually the latter
 _ROPE_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 _SINGLE_FACTORS = "rope_freqs.weight"  # the same for contexts of any length
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<what>\w+)\.(?P<kind>weight|bias)")
@@ -81,17 +86,24 @@ class GgufTensors:
 
     def _tensors(self) -> dict[str, GgufTensor]:
         factors = (_SINGLE_FACTORS, *_ROPE_FACTORS.values())  # told by the config
-        return {hugging_face_name(name): tensor for name, tensor in self.file.tensors.items() if name not in factors}
+        tensors = {name: tensor for name, tensor in self.file.tensors.items() if name not in factors}
+        between = tensors.keys() >= _BETWEEN_NORMS
+        return {hugging_face_name(name, between_norms=between): tensor for name, tensor in tensors.items()}
 
 
-def hugging_face_name(name: str) -> str:
-    """The usual name of GGUF tensor `name`; a name that is not known comes back as it is."""
+def hugging_face_name(name: str, *, between_norms: bool = False) -> str:
+    """The usual name of GGUF tensor `name`; a name that is not known comes back as it is.
+
+    between_norms: each half of a layer has a norm ahead of it and one behind it.
+    """
     match = _NAME.fullmatch(name)
     if match is None:
         return name
     layer, what, kind = match.group("layer", "what", "kind")
     if layer is None:
         return f"{_TENSOR_NAMES.get(what, what)}.{kind}"
+    if between_norms and what == "ffn_norm":
+        return f"model.layers.{layer}.pre_feedforward_layernorm.{kind}"
     return f"model.layers.{layer}.{_LAYER_TENSOR_NAMES[what]}.{kind}" if what in _LAYER_TENSOR_NAMES else name
 
 

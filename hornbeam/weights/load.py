@@ -23,10 +23,13 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, checkpoint: Checkpoint, weight_map: Mapping[str, Placement]) -> None:
+def load_weights(
+    model: nn.Module, checkpoint: Checkpoint, weight_map: Mapping[str, Placement], unread: tuple[str, ...] = ()
+) -> None:
     """Copy each tensor of `checkpoint` to its place in `model`, converted to the parameter's dtype and device.
 
     One tensor at a time is in memory besides the model; progress is drawn on a terminal if it takes long.
+    unread: beginnings of the names of tensors that may be there, and are left out.
 
     Raises:
         ConfigError: the checkpoint's names and shapes are not exactly those that the map and the model ask for, or a
@@ -34,7 +37,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, weight_map: Mapping[s
     """
     targets = {name: _target(model, placement) for name, placement in weight_map.items()}
     _check_coverage(model, weight_map)
-    _check_shapes(checkpoint, targets)
+    _check_shapes(checkpoint, targets, unread)
     total = sum(target.nbytes for target in targets.values())
     with tqdm(
         total=total, desc="Loading weights", unit="B", unit_scale=True, delay=_PROGRESS_DELAY, disable=None
@@ -87,6 +90,8 @@ def _transformed(tensor: Tensor, placement: Placement) -> Tensor:
             return unpermute_heads(tensor, placement.heads)
         case "ungroup_heads":
             return ungroup_heads(tensor, placement.heads, placement.head_dim)
+        case "add_one":
+            return tensor.float() + 1
         case "none":
             return tensor
 
@@ -114,8 +119,8 @@ def _check_coverage(model: nn.Module, weight_map: Mapping[str, Placement]) -> No
     assert filled == expected, f"weight map and model disagree on {sorted(filled ^ expected)}"
 
 
-def _check_shapes(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
-    shapes = checkpoint.source.shapes()
+def _check_shapes(checkpoint: Checkpoint, targets: Mapping[str, Tensor], unread: tuple[str, ...]) -> None:
+    shapes = {name: shape for name, shape in checkpoint.source.shapes().items() if not name.startswith(unread)}
     misfits = {
         "missing": sorted(targets.keys() - shapes.keys()),
         "not known to the model": sorted(n for n in shapes.keys() - targets.keys() if not _idle(n, shapes)),

@@ -11,11 +11,12 @@ from hornbeam.ops.rope.frequencies import rope_table
 
 
 @pytest.mark.parametrize("size", [40, 1536])
-def test_silu_mul(device, dtype, size):
+@pytest.mark.parametrize("name", ["silu_mul", "gelu_tanh_mul"])
+def test_gated_activations(device, dtype, size, name):
     from hornbeam.ops.activation.triton import BACKEND
 
     x = torch.randn(3, 2 * size, device=device).to(dtype) * 3
-    assert_close(BACKEND.silu_mul(x), ReferenceActivation().silu_mul(x))
+    assert_close(getattr(BACKEND, name)(x), getattr(ReferenceActivation(), name)(x))
 
 
 SHAPES = [(9, 3, 64, 64), (4, 4, 24, 24), (8, 1, 128, 128), (2, 2, 32, 8), (20, 10, 16, None)]

@@ -8,11 +8,12 @@ from hornbeam.ops.norm.reference import ReferenceNorm
 
 
 @pytest.mark.parametrize("size", [64, 576, 4096])
-def test_rms_norm(device, dtype, size):
+@pytest.mark.parametrize("wide", [False, True])
+def test_rms_norm(device, dtype, size, wide):
     from hornbeam.ops.norm.triton import BACKEND
 
     x = torch.randn(5, size + 32, device=device).to(dtype)[:, :size]
-    weight = torch.randn(size, device=device).to(dtype)
+    weight = torch.randn(size, device=device).to(torch.float32 if wide else dtype)
     assert_close(BACKEND.rms_norm(x, weight, 1e-5), ReferenceNorm().rms_norm(x, weight, 1e-5))
 
 

@@ -97,6 +97,9 @@ def test_gguf_names() -> None:
     assert hugging_face_name("output.weight") == "lm_head.weight"
     assert hugging_face_name("blk.0.unheard_of.weight") == "blk.0.unheard_of.weight"
     assert hugging_face_name("odd") == "odd"
+    assert hugging_face_name("blk.1.ffn_norm.weight") == "model.layers.1.post_attention_layernorm.weight"
+    between = hugging_face_name("blk.1.ffn_norm.weight", between_norms=True)
+    assert between == "model.layers.1.pre_feedforward_layernorm.weight"
 
 
 @pytest.mark.parametrize(

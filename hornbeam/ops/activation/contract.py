@@ -17,6 +17,9 @@ class Activation(Protocol):
     def silu_mul(self, x: Tensor) -> Tensor:
         """silu(x[:, :I]) * x[:, I:], of [T, 2I] -> [T, I]."""
 
+    def gelu_tanh_mul(self, x: Tensor) -> Tensor:
+        """The same with GELU (Hendrycks and Gimpel, 2016) in its approximation by tanh."""
+
 
 ACTIVATION: Registry[OpQuery, Activation] = Registry(
     "activation",

@@ -18,5 +18,10 @@ class ReferenceActivation:
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
 
+    def gelu_tanh_mul(self, x: Tensor) -> Tensor:
+        """See `Activation`."""
+        gate, up = x.chunk(2, -1)
+        return F.gelu(gate, approximate="tanh") * up
+
 
 BACKEND = ReferenceActivation()

@@ -13,8 +13,8 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """Rounds silu before the product, as the reference does."""
+def _gated_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr):
+    """Rounds the activation before the product, as the reference does."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < SIZE
@@ -24,8 +24,10 @@ def _silu_mul_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EA
     gate = tl.load(x_ptr + row * 2 * SIZE + columns, mask=inside, other=0.0)
     up = tl.load(x_ptr + row * 2 * SIZE + SIZE + columns, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    out = silu.to(tl.float32) * up.to(tl.float32)
+    # gelu(x) is about x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), and (1 + tanh(z)) / 2 is sigmoid(2 z)
+    sharp = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide) if GELU else wide
+    active = (wide * tl.sigmoid(sharp)).to(gate.dtype)
+    out = active.to(tl.float32) * up.to(tl.float32)
     tl.store(out_ptr + row * SIZE + columns, out.to(gate.dtype), mask=inside)
 
 
@@ -38,12 +40,20 @@ class TritonActivation:
 
     def silu_mul(self, x: Tensor) -> Tensor:
         """See `Activation`."""
-        assert x.is_contiguous()
-        num_tokens, size = x.shape[0], x.shape[1] // 2
-        out = torch.empty((num_tokens, size), dtype=x.dtype, device=x.device)
-        grid = (num_tokens, triton.cdiv(size, _BLOCK))
-        _silu_mul_kernel[grid](x, out, SIZE=size, BLOCK=_BLOCK, **early_launch(x.device))
-        return out
+        return _gated(x, gelu=False)
+
+    def gelu_tanh_mul(self, x: Tensor) -> Tensor:
+        """See `Activation`."""
+        return _gated(x, gelu=True)
+
+
+def _gated(x: Tensor, *, gelu: bool) -> Tensor:
+    assert x.is_contiguous()
+    num_tokens, size = x.shape[0], x.shape[1] // 2
+    out = torch.empty((num_tokens, size), dtype=x.dtype, device=x.device)
+    grid = (num_tokens, triton.cdiv(size, _BLOCK))
+    _gated_kernel[grid](x, out, SIZE=size, BLOCK=_BLOCK, GELU=gelu, **early_launch(x.device))
+    return out
 
 
 BACKEND = TritonActivation()

@@ -9,7 +9,7 @@ from hornbeam.ops.query import OpQuery
 
 
 class Norm(Protocol):
-    """T tokens, H features; the result has the dtype of `x`."""
+    """T tokens, H features; the result has the dtype of `x`, the weight the same or float32."""
 
     def supports(self, query: OpQuery) -> str | None:
         """None, or the reason why not."""

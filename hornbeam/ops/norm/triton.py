@@ -38,7 +38,7 @@ def _rms_norm_kernel(
         tl.store(residual_ptr + row * SIZE + columns, x, mask=inside)
     wide = x.to(tl.float32)
     wide *= tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
-    out = weight.to(tl.float32) * wide.to(x.dtype).to(tl.float32)
+    out = weight.to(tl.float32) * wide.to(weight.dtype).to(tl.float32)
     tl.store(out_ptr + row * SIZE + columns, out.to(x.dtype), mask=inside)
 
 

@@ -18,7 +18,7 @@ from hornbeam.ops.query import OpQuery
 class HeadNorms:
     """RMS normalisation of each query and each key head."""
 
-    query: Tensor  # [D]: weights
+    query: Tensor  # [D]: weights, in the dtype of the heads or float32
     key: Tensor  # [D]
     eps: float
 

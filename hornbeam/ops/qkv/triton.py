@@ -15,8 +15,8 @@ _MAX_HEADS = 8  # of one program
 @triton.jit
 def _normalised(x, weights, inside, factor):
     """Features of heads, [heads, features], by their weights at `weights`; rounds where the reference does."""
-    weight = tl.load(weights, mask=inside, other=0.0).to(tl.float32)
-    return (weight * (x.to(tl.float32) * factor).to(x.dtype).to(tl.float32)).to(x.dtype)
+    weight = tl.load(weights, mask=inside, other=0.0)
+    return (weight.to(tl.float32) * (x.to(tl.float32) * factor).to(weight.dtype).to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
