@@ -29,7 +29,11 @@ class BuiltEngine:
 
     scheduler: Scheduler
     executor: Executor
-    num_groups: int  # of the cache
+    num_pages: tuple[int, ...]  # of each cache group, the padding page included
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.num_pages)
 
 
 def make_engine(path: Path, device: str = "cpu", **flags: Any) -> BuiltEngine:
@@ -50,7 +54,7 @@ def make_engine(path: Path, device: str = "cpu", **flags: Any) -> BuiltEngine:
         eos_ids=frozenset(),
         vocab_size=config.vocab_size,
     )
-    return BuiltEngine(scheduler=scheduler, executor=built.executor, num_groups=len(built.specs))
+    return BuiltEngine(scheduler=scheduler, executor=built.executor, num_pages=built.num_pages)
 
 
 @dataclass(slots=True)
