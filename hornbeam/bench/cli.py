@@ -15,6 +15,8 @@ _COMMANDS = {  # name -> (where it is; what it does)
     "simulate": ("hornbeam.bench.scheduling:simulate", "the scheduler's policies on a pretended GPU"),
     "replay": ("hornbeam.bench.scheduling:replay", "whether the scheduler plans what it planned before"),
     "load": ("hornbeam.bench.loading:main", "how fast weights are loaded, and with how much memory"),
+    "server": ("hornbeam.bench.server:main", "what the server costs per token, without a model"),
+    "soak": ("hornbeam.bench.soak:main", "whether memory stays flat over thousands of requests, some of them aborted"),
     "scheduler": ("hornbeam.bench.scheduling:scheduler", "what scheduling costs, without a model"),
 }
 

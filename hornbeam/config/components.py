@@ -82,6 +82,7 @@ class ServeOptions:
     log_level: str
     stream_interval: int
     incremental_streaming: bool
+    enable_metrics: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,6 +119,13 @@ FLAGS: tuple[Flag, ...] = (
         default=False,
         help="Streams of /generate carry only what is new, not all so far.",
     ),
+    Flag(
+        name="enable_metrics",
+        group="server",
+        type=bool,
+        default=False,
+        help="Serve metrics for Prometheus at /metrics.",
+    ),
     Flag(name="page_size", group="memory", type=int, help="Tokens per page of the key-value cache."),
     Flag(name="max_total_tokens", group="memory", type=int, help="Size of the key-value cache in tokens."),
     Flag(

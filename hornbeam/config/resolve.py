@@ -191,4 +191,5 @@ def resolve_serve(user: Mapping[str, Any], default_model_name: str) -> ServeOpti
         log_level=pick("log_level"),
         stream_interval=_positive(resolver, "stream_interval", 1, "default"),
         incremental_streaming=pick("incremental_streaming_output"),
+        enable_metrics=pick("enable_metrics"),
     )

@@ -35,6 +35,7 @@ def build_engine(user: Mapping[str, Any]) -> Built:
     config = family.parse(checkpoint.hf_config)
 
     from hornbeam.executor.build import build_executor
+    from hornbeam.executor.profiler import StepProfiler
     from hornbeam.platforms.index import PLATFORMS
 
     choice = PLATFORMS.choose(None, user.get("device", "auto"))
@@ -61,7 +62,14 @@ def build_engine(user: Mapping[str, Any]) -> Built:
         max_running_requests=options.scheduler.max_running_requests,
         facts=_facts(options, config, facts.device) | {"model_type": checkpoint.hf_config.get("model_type")},
     )
-    return Built(scheduler=scheduler, executor=built.executor, ready=ready, options=options.loop, resource=record)
+    return Built(
+        scheduler=scheduler,
+        executor=built.executor,
+        ready=ready,
+        options=options.loop,
+        resource=record,
+        profiler=StepProfiler(platform),
+    )
 
 
 def _open_record(path: str) -> FileIO:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from hornbeam.core.profile import ProfileOptions
 from hornbeam.core.request import Request, RequestOutput
 
 
@@ -42,6 +43,19 @@ class Pause(msgspec.Struct, frozen=True, tag=True):
 
 class Resume(msgspec.Struct, frozen=True, tag=True):
     """Go on after `Pause`."""
+
+    id: int
+
+
+class StartProfile(msgspec.Struct, frozen=True, tag=True):
+    """Record steps. The `Reply` comes at once, or when `options.num_steps` are done; the payload may hold a message."""
+
+    id: int
+    options: ProfileOptions
+
+
+class StopProfile(msgspec.Struct, frozen=True, tag=True):
+    """End the profile. The `Reply`'s payload has the name of the file, or a message."""
 
     id: int
 
@@ -93,5 +107,5 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     is_config: bool = False
 
 
-Command = Submit | Abort | AbortAll | Flush | Pause | Resume | Info | Shutdown
+Command = Submit | Abort | AbortAll | Flush | Pause | Resume | StartProfile | StopProfile | Info | Shutdown
 Event = Ready | StepOutputs | Reply | Pulse | Failed

@@ -12,9 +12,10 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from hornbeam.core.errors import BadRequest, ConfigError, EngineDead, HornbeamError, Overloaded
+from hornbeam.core.profile import ProfileOptions
 from hornbeam.core.request import Request, RequestOutput
 from hornbeam.engine.envelope import (
     Abort,
@@ -29,7 +30,9 @@ from hornbeam.engine.envelope import (
     Reply,
     Resume,
     Shutdown,
+    StartProfile,
     StepOutputs,
+    StopProfile,
     Submit,
 )
 from hornbeam.engine.stream import GenerationRequest, InFlight, Stream
@@ -44,10 +47,26 @@ FLUSH_INTERVAL = 0.05  # seconds between two attempts
 LONG_TEXT = 20_000  # characters; longer prompts are tokenized on a thread, so that nobody else waits
 
 
-class Frontend:
-    """The server's side of one engine."""
+class Observer(Protocol):
+    """Somebody who keeps account of what passes."""
 
-    def __init__(self, engine: EngineHandle) -> None:
+    def heard(self, entry: InFlight, output: RequestOutput) -> None:
+        """News of a request has come."""
+
+    def left(self, entries: Sequence[InFlight]) -> None:
+        """The reader of these has gone before their ends."""
+
+
+class Frontend:
+    """The server's side of one engine.
+
+    Args:
+        engine: not started yet.
+        observer: sees the news of all requests.
+    """
+
+    def __init__(self, engine: EngineHandle, observer: Observer | None = None) -> None:
+        self._observer = observer
         self.tokenizer: Tokenizer | None = None
         self._engine = engine
         self._ready: asyncio.Future[Ready] | None = None
@@ -180,6 +199,21 @@ class Frontend:
         """Go on after `pause`; without one, nothing happens."""
         await self._ask(Resume(next(self._numbers)))
 
+    async def start_profile(self, options: ProfileOptions) -> dict[str, Any]:
+        """Record steps with torch's profiler; with `num_steps` it returns when they are done.
+
+        Returns:
+            "file", where it has ended already.
+
+        Raises:
+            BadRequest: a profile is being recorded already, or cannot be.
+        """
+        return _payload(await self._ask(StartProfile(next(self._numbers), options)))
+
+    async def stop_profile(self) -> dict[str, Any]:
+        """End the profile; "file" has it. Raises BadRequest if there is none, or it cannot be written."""
+        return _payload(await self._ask(StopProfile(next(self._numbers))))
+
     async def info(self) -> dict[str, Any]:
         """The scheduler's numbers; see `SchedulerStats`."""
         return (await self._ask(Info(next(self._numbers)))).payload
@@ -245,6 +279,8 @@ class Frontend:
 
     def _abort(self, entries: Sequence[InFlight]) -> None:
         """Their reader has left."""
+        if entries and self._observer is not None:
+            self._observer.left(entries)
         for entry in entries:
             self._engine.send(Abort(entry.key))
             self._forget(entry)
@@ -278,6 +314,8 @@ class Frontend:
         entry = self._in_flight.get(output.rid)
         if entry is None:
             return  # its reader has left, or a stop string has ended it
+        if self._observer is not None:
+            self._observer.heard(entry, output)
         try:
             keep_tokens = entry.push(output)
         except Exception as error:  # a fault in making text must not take the other requests with it
@@ -309,7 +347,7 @@ class Frontend:
         for future in self._replies.values():
             future.cancel()
 
-    async def _ask(self, command: Flush | Info | Pause | Resume) -> Reply:
+    async def _ask(self, command: Flush | Info | Pause | Resume | StartProfile | StopProfile) -> Reply:
         self.check_open()
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._replies[command.id] = future
@@ -323,3 +361,9 @@ class Frontend:
 @functools.cache
 def _log_priority_ignored() -> None:
     logger.warning("requests bring priorities, which do not count without --enable-priority-scheduling")
+
+
+def _payload(reply: Reply) -> dict[str, Any]:
+    if not reply.ok:
+        raise BadRequest(reply.payload["message"])
+    return reply.payload

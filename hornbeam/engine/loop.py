@@ -31,9 +31,12 @@ from hornbeam.engine.envelope import (
     Reply,
     Resume,
     Shutdown,
+    StartProfile,
     StepOutputs,
+    StopProfile,
     Submit,
 )
+from hornbeam.engine.profiling import Profiler, Profiling
 from hornbeam.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -80,6 +83,7 @@ class Built:
     ready: Ready
     options: LoopOptions
     resource: AbstractContextManager[Any] | None = None  # to be closed at the end
+    profiler: Profiler | None = None
 
 
 def run_engine(build: Callable[[], Built], link: Link) -> bool:
@@ -107,6 +111,7 @@ class EngineLoop:
         self._link = link
         self._ready = built.ready
         self._options = built.options
+        self._profiling = Profiling(built.profiler, self._send)
         self._depth = 2 if built.options.overlap else 1  # steps under way at once
         self._steps: deque[tuple[int, PendingStep, float]] = deque()  # (step id, step, launched at), oldest first
         self._flushes: list[int] = []  # ids of the commands
@@ -180,6 +185,8 @@ class EngineLoop:
         self._scheduler.apply(result, self._step_done - begun)
         self._publish()
         self._seconds["results"] += time.monotonic() - self._step_done
+        if self._profiling.active:
+            self._profiling.step_done()
         if self._num_failures == MAX_FAILURES:
             raise RuntimeError(
                 f"{MAX_FAILURES} steps in a row failed, the last with {result.error}; restart the server"
@@ -213,6 +220,10 @@ class EngineLoop:
             case Resume():
                 self._scheduler.resume()
                 self._send(Reply(id=command.id, ok=True))
+            case StartProfile():
+                self._profiling.start(command)
+            case StopProfile():
+                self._profiling.stop(command)
             case Info():
                 self._send(Reply(id=command.id, ok=True, payload=self._numbers()))
             case Shutdown():

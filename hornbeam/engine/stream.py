@@ -6,8 +6,12 @@ Knows no HTTP and no transport.
 
 import asyncio
 import dataclasses
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from hornbeam.core.errors import BadRequest, HornbeamError, Overloaded
 from hornbeam.core.request import Finish, LogprobOptions, RequestOutput, SamplingParams, TokenLogprobs
@@ -57,9 +61,11 @@ def _wrapped(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """What one request generated since its last delta. The last one carries `finish`."""
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """What one request generated since its last delta. The last one carries `finish`.
+
+    A Struct, since one is made per token: a frozen dataclass takes several times as long.
+    """
 
     index: int  # of the request among those submitted together
     text: str
@@ -85,7 +91,8 @@ class Stream:
     def __init__(self, abort: Callable[[Sequence["InFlight"]], None]) -> None:
         self.requests: list[InFlight] = []
         self._abort = abort
-        self._news: asyncio.Queue[Delta | HornbeamError] = asyncio.Queue()
+        self._news: deque[Delta | HornbeamError] = deque()
+        self._reader: asyncio.Future[None] | None = None  # waits for news
         self._num_read = 0  # requests whose last delta was read
 
     @property
@@ -95,7 +102,9 @@ class Stream:
 
     def put(self, news: Delta | HornbeamError) -> None:
         """Hand news to the reader."""
-        self._news.put_nowait(news)
+        self._news.append(news)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def __aiter__(self) -> "Stream":
         return self
@@ -103,7 +112,10 @@ class Stream:
     async def __anext__(self) -> Delta:
         if self._num_read == len(self.requests):
             raise StopAsyncIteration
-        news = await self._news.get()
+        while not self._news:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        news = self._news.popleft()
         if isinstance(news, HornbeamError):
             self.close()
             raise news
@@ -137,6 +149,7 @@ class InFlight:
         self.key = key  # the engine's id for it: never used twice, as news of an aborted request may come late
         self.rid = rid
         self.prompt_ids = prompt_ids
+        self.arrived = time.monotonic()
         self.done = False
         self._index = index
         self._session = session

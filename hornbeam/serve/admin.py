@@ -1,16 +1,18 @@
 """The routes that operate a running server; they want the admin key where there is one."""
 
 import math
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from hornbeam.core.errors import BadRequest
+from hornbeam.core.profile import ProfileOptions
 from hornbeam.serve import schemas
 from hornbeam.serve.answers import json_response, read_json
 from hornbeam.serve.app import TEXT, Route
 from hornbeam.serve.serving import Serving
-from hornbeam.serve.tables import ABORT, PAUSE, RESUME
+from hornbeam.serve.tables import ABORT, PAUSE, RESUME, START_PROFILE
 
 MAX_FLUSH_SECONDS = 3600.0
 
@@ -30,6 +32,16 @@ def admin_routes(serving: Serving) -> tuple[Route, ...]:
             media=(TEXT,),
         ),
         Route(path="/abort_request", methods=post, handler=admin.abort_request, admin=True, body=ABORT, media=()),
+        Route(
+            path="/start_profile",
+            methods=both,
+            handler=admin.start_profile,
+            admin=True,
+            body=START_PROFILE,
+            needs_body=False,
+            media=(TEXT,),
+        ),
+        Route(path="/stop_profile", methods=both, handler=admin.stop_profile, admin=True, media=(TEXT,)),
         Route(
             path="/pause_generation",
             methods=post,
@@ -89,3 +101,26 @@ class _Admin:
         RESUME.read(await read_json(request, optional=True))
         await self._frontend.resume()
         return json_response({"message": "Generation continues.", "status": "ok"})
+
+    async def start_profile(self, request: Request) -> Response:
+        """Record the engine's steps with torch's profiler; with `num_steps` the answer comes when they are done."""
+        body = await read_json(request, optional=True)
+        told = await self._frontend.start_profile(read_profile_options(body))
+        return PlainTextResponse(f"The profile is in {told['file']}.\n" if "file" in told else "Profiling.\n")
+
+    async def stop_profile(self, request: Request) -> Response:
+        """End the profile and say where it is."""
+        told = await self._frontend.stop_profile()
+        return PlainTextResponse(f"The profile is in {told['file']}.\n")
+
+
+def read_profile_options(body: Any) -> ProfileOptions:
+    """The body of /start_profile. Raises BadRequest, naming the field."""
+    fields = START_PROFILE.read(body)
+    if "num_steps" in fields:
+        fields["num_steps"] = int(fields["num_steps"])
+    if "profile_prefix" in fields:
+        fields["prefix"] = fields.pop("profile_prefix")
+    if "activities" in fields:
+        fields["activities"] = tuple(fields["activities"])
+    return ProfileOptions(**fields)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hornbeam.core.errors import BadRequest, HornbeamError
 
@@ -26,6 +26,7 @@ _ERROR_TYPES = {
     503: "ServiceUnavailableError",
 }
 MAX_BODY_BYTES = 64 * 2**20
+_DIRECT_SEND = "hornbeam.send"  # of a scope: the server's own `send`
 _CLIENT_CLOSED_REQUEST = 499  # for logs; nobody receives it
 
 
@@ -162,6 +163,7 @@ class EventStream(Response):
             await error_response(error)(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        send = scope[_DIRECT_SEND]
         try:
             await send(_frame(orjson.dumps(event)))
             async for event in self._events:
@@ -173,3 +175,15 @@ class EventStream(Response):
 
 def _frame(data: bytes) -> dict[str, Any]:
     return {"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True}
+
+
+class DirectSend:
+    """ASGI middleware, the outermost: streams send their many events past the others, which look at the start alone."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        scope[_DIRECT_SEND] = send
+        await self._app(scope, receive, send)

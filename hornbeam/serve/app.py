@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from starlette import routing
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hornbeam import __version__
 from hornbeam.core.errors import HornbeamError
-from hornbeam.serve.answers import ClientGone, error_body, error_response, gone_response, json_response
+from hornbeam.serve.answers import ClientGone, DirectSend, error_body, error_response, gone_response, json_response
 from hornbeam.serve.fields import Api, Schema
 
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
@@ -38,10 +39,13 @@ class Route:
 
 def create_app(routes: Iterable[Route], api_key: str | None = None, admin_api_key: str | None = None) -> FastAPI:
     """An application that serves `routes`, guarded by the keys that are given."""
-    app = FastAPI(title="Hornbeam", version=__version__, redirect_slashes=False)
     routes = tuple(routes)
-    for route in routes:
-        app.add_api_route(route.path, route.handler, methods=list(route.methods), response_model=None)
+    app = FastAPI(
+        title="Hornbeam",
+        version=__version__,
+        redirect_slashes=False,
+        routes=[routing.Route(route.path, route.handler, methods=list(route.methods)) for route in routes],
+    )
     app.add_exception_handler(HornbeamError, _on_hornbeam_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientGone, _on_departure)
@@ -50,6 +54,7 @@ def create_app(routes: Iterable[Route], api_key: str | None = None, admin_api_ke
         admin_paths = frozenset(route.path for route in routes if route.admin)
         app.add_middleware(Authentication, api_key=api_key, admin_api_key=admin_api_key, admin_paths=admin_paths)
     app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(DirectSend)
     return app
 
 

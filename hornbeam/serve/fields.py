@@ -91,6 +91,8 @@ def _is_messages(value: Any) -> bool:
     )
 
 
+_COUNTS = re.compile("[1-9][0-9]{0,8}")
+_FILE_NAMES = re.compile("[A-Za-z0-9._-]{1,100}")
 _INTEGER: Schema = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
 _IDS = _array(_INTEGER)
 _STRINGS: Schema = {"anyOf": [{"type": "string"}, _array({"type": "string"})]}
@@ -115,6 +117,21 @@ BIASES = Kind(
     "an object of numbers by token id",
     _is_biases,
     {"type": "object", "patternProperties": {"^[0-9]{1,18}$": {"type": "number"}}, "additionalProperties": False},
+)
+STEPS = Kind(  # old clients send it as a string
+    "an integer of at least 1",
+    lambda value: (_is_int(value) and value >= 1) or (isinstance(value, str) and _COUNTS.fullmatch(value) is not None),
+    {"anyOf": [{**_INTEGER, "minimum": 1}, {"type": "string", "pattern": f"^{_COUNTS.pattern}$"}]},
+)
+ACTIVITIES = Kind(
+    "a list of CPU and GPU",
+    lambda value: isinstance(value, list) and bool(value) and all(item in ("CPU", "GPU") for item in value),
+    _array({"enum": ["CPU", "GPU"]}, minItems=1),
+)
+FILE_NAME = Kind(
+    "1 to 100 letters, digits, dots, dashes or underscores",
+    lambda value: isinstance(value, str) and _FILE_NAMES.fullmatch(value) is not None,
+    {"type": "string", "pattern": f"^{_FILE_NAMES.pattern}$"},
 )
 MESSAGES = Kind("a list of at least one message with a role", _is_messages, _array(_MESSAGE, minItems=1))
 

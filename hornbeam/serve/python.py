@@ -10,18 +10,20 @@ import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from hornbeam.config.flags import check_flags
 from hornbeam.config.resolve import resolve_serve
-from hornbeam.core.errors import EngineDead
+from hornbeam.core.errors import BadRequest, EngineDead
 from hornbeam.engine.build import build_engine
 from hornbeam.engine.loop import Built
 from hornbeam.engine.stream import Stream
 from hornbeam.engine.transport import ThreadEngine
 from hornbeam.models.index import DEFAULT_MODEL_NAME
+from hornbeam.serve.admin import read_profile_options
 from hornbeam.serve.generate import Answers, parse_generate
 from hornbeam.serve.serving import Serving, engine_flags, with_model
+from hornbeam.serve.tables import PAUSE
 
 T = TypeVar("T")
 
@@ -69,6 +71,7 @@ class Engine:
         token_ids_logprob: list[int] | list[list[int]] | None = None,
         stream: bool = False,
         rid: str | list[str] | None = None,
+        priority: int | list[int] | None = None,
     ) -> Any:
         """Generate for one prompt or a batch; arguments and results are those of POST /generate.
 
@@ -90,6 +93,7 @@ class Engine:
             "token_ids_logprob": token_ids_logprob,
             "stream": stream,
             "rid": rid,
+            "priority": priority,
         }
         return self._iterate(self._chunks(body)) if stream else self._call(self._whole(body))
 
@@ -104,6 +108,7 @@ class Engine:
         token_ids_logprob: list[int] | list[list[int]] | None = None,
         stream: bool = False,
         rid: str | list[str] | None = None,
+        priority: int | list[int] | None = None,
     ) -> Any:
         """`generate` for callers with an event loop. Cancelling ends the generation; a stream is an async iterator."""
         body = {
@@ -116,6 +121,7 @@ class Engine:
             "token_ids_logprob": token_ids_logprob,
             "stream": stream,
             "rid": rid,
+            "priority": priority,
         }
         if stream:
             return self._async_iterate(self._chunks(body))
@@ -124,6 +130,51 @@ class Engine:
     def flush_cache(self) -> bool:
         """Drop the prefix cache. False if requests are running."""
         return self._call(self._serving.frontend.flush())
+
+    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+        """End the request with this very id, or all; their callers get what there is. Unknown ids are ignored."""
+
+        async def abort() -> None:
+            frontend = self._serving.frontend
+            frontend.abort_all() if abort_all else frontend.abort(rid)
+
+        self._call(abort())
+
+    def pause_generation(self, mode: Literal["abort", "retract", "in_place"] = "abort") -> None:
+        """Run nothing until `continue_generation`; `mode` says what becomes of the running requests.
+
+        Raises:
+            BadRequest: an unknown mode.
+        """
+        fields = PAUSE.read({"mode": mode})
+        self._call(self._serving.frontend.pause(fields["mode"]))
+
+    def continue_generation(self) -> None:
+        """Go on after `pause_generation`."""
+        self._call(self._serving.frontend.resume())
+
+    def start_profile(self, **options: Any) -> dict[str, Any]:
+        """Record steps with torch's profiler; `options` are the fields of /start_profile.
+
+        Returns:
+            "file", the trace, where `num_steps` was given: they are done then. Else `stop_profile` ends it.
+
+        Raises:
+            BadRequest: an option is wrong, or a profile is being recorded already.
+        """
+        return self._call(self._serving.frontend.start_profile(read_profile_options(options)))
+
+    def stop_profile(self) -> dict[str, Any]:
+        """End the profile; "file" is the trace. Raises BadRequest if there is none."""
+        return self._call(self._serving.frontend.stop_profile())
+
+    def encode(self, prompt: Any = None, **options: Any) -> NoReturn:
+        """Refused: embedding models are not supported yet. Raises BadRequest."""
+        raise BadRequest("this model generates text: embeddings are not supported yet", "prompt")
+
+    async def async_encode(self, prompt: Any = None, **options: Any) -> NoReturn:
+        """Refused, as `encode`. Raises BadRequest."""
+        self.encode(prompt, **options)
 
     def get_server_info(self) -> dict[str, Any]:
         """Options, facts and the scheduler's numbers, as /server_info has them."""

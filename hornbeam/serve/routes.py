@@ -1,9 +1,12 @@
 """Every route that a server has."""
 
+from typing import TYPE_CHECKING
+
 from fastapi import FastAPI
 
+from hornbeam.config.components import ServeOptions
 from hornbeam.serve.admin import admin_routes
-from hornbeam.serve.app import create_app
+from hornbeam.serve.app import Route, create_app
 from hornbeam.serve.completions import completion_routes
 from hornbeam.serve.loads import load_routes
 from hornbeam.serve.native import native_routes
@@ -12,10 +15,22 @@ from hornbeam.serve.openapi import document
 from hornbeam.serve.serving import Serving
 from hornbeam.serve.tokens import token_routes
 
+if TYPE_CHECKING:
+    from hornbeam.serve.metrics import Metrics
 
-def create_server_app(serving: Serving) -> FastAPI:
-    """The application that serves `serving`, with its document."""
-    routes = (
+
+def create_metrics(options: ServeOptions) -> "Metrics | None":
+    """What keeps account for /metrics, if that is served."""
+    if not options.enable_metrics:
+        return None
+    from hornbeam.serve.metrics import Metrics
+
+    return Metrics(options.served_model_name)
+
+
+def create_server_app(serving: Serving, metrics: "Metrics | None" = None) -> FastAPI:
+    """The application that serves `serving`, with its document; and with `metrics`, if there are any."""
+    routes: tuple[Route, ...] = (
         *native_routes(serving),
         *admin_routes(serving),
         *load_routes(serving),
@@ -23,7 +38,13 @@ def create_server_app(serving: Serving) -> FastAPI:
         *completion_routes(serving),
         *token_routes(serving),
     )
+    if metrics is not None:
+        from hornbeam.serve.metrics import HttpMetrics, metrics_routes
+
+        routes += metrics_routes(serving, metrics)
     app = create_app(routes, serving.options.api_key, serving.options.admin_api_key)
+    if metrics is not None:
+        app.add_middleware(HttpMetrics, metrics=metrics, paths=frozenset(route.path for route in routes))
     description = document(routes)
     app.openapi = lambda: description  # type: ignore[method-assign]
     return app

@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 import uvloop
@@ -17,8 +17,11 @@ from hornbeam.core.errors import ConfigError
 from hornbeam.engine.logs import set_up_logging
 from hornbeam.engine.remote import ProcessEngine
 from hornbeam.models.index import DEFAULT_MODEL_NAME
-from hornbeam.serve.routes import create_server_app
+from hornbeam.serve.routes import create_metrics, create_server_app
 from hornbeam.serve.serving import Serving, engine_flags, with_model
+
+if TYPE_CHECKING:
+    from hornbeam.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +47,16 @@ def run_server(user: Mapping[str, Any], build: str = ENGINE) -> None:
     with _listen(options) as listener:
         user = with_model(user)
         engine = ProcessEngine(build, engine_flags(user), options.log_level)
-        uvloop.run(_serve(Serving(engine, options, user), listener))
+        metrics = create_metrics(options)
+        uvloop.run(_serve(Serving(engine, options, user, metrics), metrics, listener))
 
 
-async def _serve(serving: Serving, listener: socket.socket) -> None:
+async def _serve(serving: Serving, metrics: "Metrics | None", listener: socket.socket) -> None:
     """HTTP answers at once, with 503 until the engine is ready."""
     options = serving.options
     debug = options.log_level == "debug"
     config = uvicorn.Config(
-        create_server_app(serving),
+        create_server_app(serving, metrics),
         http="httptools",
         ws="none",
         lifespan="off",

@@ -14,7 +14,7 @@ from hornbeam.config.environment import read_environment
 from hornbeam.config.flags import FLAGS
 from hornbeam.core.errors import ConfigError
 from hornbeam.engine.envelope import Ready
-from hornbeam.engine.frontend import Frontend
+from hornbeam.engine.frontend import Frontend, Observer
 from hornbeam.engine.transport import EngineHandle
 from hornbeam.models.index import DEFAULT_CHECKPOINT
 from hornbeam.serve.defaults import choose_template, sampling_defaults
@@ -84,10 +84,17 @@ class Serving:
         engine: not started yet.
         options: the server's.
         user: checked flags, `model_path` among them.
+        observer: see Frontend.
     """
 
-    def __init__(self, engine: EngineHandle, options: ServeOptions, user: Mapping[str, Any]) -> None:
-        self.frontend = Frontend(engine)
+    def __init__(
+        self,
+        engine: EngineHandle,
+        options: ServeOptions,
+        user: Mapping[str, Any],
+        observer: Observer | None = None,
+    ) -> None:
+        self.frontend = Frontend(engine, observer)
         self.options = options
         self.model_path: str = user["model_path"]
         self.template: ChatTemplate | None = None  # None: ids in, ids out

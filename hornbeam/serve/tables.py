@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from hornbeam.serve.fields import (
+    ACTIVITIES,
     BIASES,
     BOOLEAN,
     COUNT,
+    FILE_NAME,
     ID_LISTS,
     IDS,
     INTEGER,
@@ -19,6 +21,7 @@ from hornbeam.serve.fields import (
     OBJECT,
     PROMPT_IDS,
     PROMPTS,
+    STEPS,
     STRING,
     STRINGS,
     Api,
@@ -114,6 +117,21 @@ PAUSE = Api(
     rules=_honoured(mode=one_of("in_place", "retract", "abort")),
 )
 RESUME = Api(name="/continue_generation", unknown="ignored", rules=_no_effect("torch_empty_cache"))
+START_PROFILE = Api(
+    name="/start_profile",
+    unknown="ignored",
+    rules={
+        **_honoured(
+            output_dir=STRING,
+            num_steps=STEPS,
+            activities=ACTIVITIES,
+            with_stack=BOOLEAN,
+            record_shapes=BOOLEAN,
+            profile_prefix=FILE_NAME,
+        ),
+        **_refused("profile_stages", start_step=0, profile_by_stage=False, merge_profiles=False),
+    },
+)
 ABORT = Api(name="/abort_request", unknown="ignored", rules=_honoured(rid=STRING, abort_all=BOOLEAN))
 
 STREAM_OPTIONS = Api(

@@ -9,6 +9,8 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from hornbeam.core.errors import BadRequest
 from hornbeam.text.regex import Scanner, compile_regex
 from hornbeam.text.tokenizer import Tokenizer
@@ -48,9 +50,8 @@ class StopMatch:
     keep_tokens: int  # generated tokens up to and including the one that completed the match
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextDelta:
-    """The text that one feed added."""
+class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """The text that one feed added. A Struct, since one is made per token."""
 
     text: str = ""
     stopped: StopMatch | None = None

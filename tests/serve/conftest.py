@@ -1,6 +1,7 @@
 """Servers over the fake engine, on loopback ports."""
 
 import asyncio
+import dataclasses
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -15,16 +16,20 @@ from hornbeam.config.flags import check_flags
 from hornbeam.config.resolve import resolve_serve
 from hornbeam.engine.transport import ThreadEngine
 from hornbeam.serve import serving
-from hornbeam.serve.routes import create_server_app
+from hornbeam.serve.routes import create_metrics, create_server_app
 from hornbeam.serve.serving import Serving, engine_flags
 
 
 class Server:
     """A real HTTP server on a thread; the engine runs on another thread of this process."""
 
-    def __init__(self, **flags: Any) -> None:
+    def __init__(self, profiler: Any = None, **flags: Any) -> None:
+        self._profiler = profiler
         user = check_flags({"model_path": "fake", **flags})
-        self.serving = Serving(ThreadEngine(lambda: self._build(engine_flags(user))), resolve_serve(user, "x"), user)
+        options = resolve_serve(user, "x")
+        self._metrics = create_metrics(options)
+        engine = ThreadEngine(lambda: self._build(engine_flags(user)))
+        self.serving = Serving(engine, options, user, self._metrics)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
@@ -34,11 +39,11 @@ class Server:
         self.http = httpx.Client(base_url=self.url, timeout=10)
 
     def _build(self, flags: dict[str, Any]) -> Any:
-        self.built = fake_engine.build(flags)
+        self.built = dataclasses.replace(fake_engine.build(flags), profiler=self._profiler)
         return self.built
 
     async def _run(self) -> None:
-        app = create_server_app(self.serving)
+        app = create_server_app(self.serving, self._metrics)
         own = ("/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc")
         self.paths = {route.path for route in app.routes} - set(own)
         self._server = uvicorn.Server(

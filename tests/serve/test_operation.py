@@ -58,7 +58,7 @@ def test_a_disconnect_frees_the_slot(start, kind):
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/generate", json=LONG, timeout=0.2)
-    eventually(lambda: server.num_running() == before, timeout=3)
+    eventually(lambda: server.num_running() == before, timeout=1)
     assert server.serving.frontend.num_in_flight == before
     server.http.post("/abort_request", json={"abort_all": True})
     if kind == "queued":

@@ -109,3 +109,39 @@ def test_a_failed_start_raises_the_reason_and_leaves_no_thread(monkeypatch):
         hornbeam.Engine(model_path="fake")
     time.sleep(0.05)
     assert threading.active_count() <= before
+
+
+def test_abort_gives_what_there_is():
+    with hornbeam.Engine(model_path="fake", random_seed=20) as engine:
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(engine.generate("a", FOREVER, rid="one")))
+        thread.start()
+        time.sleep(0.3)
+        engine.abort_request("other")
+        engine.abort_request("one")
+        thread.join(5)
+        assert answers[0]["meta_info"]["finish_reason"]["type"] == "abort"
+        assert answers[0]["text"].startswith("bc")
+        engine.abort_request(abort_all=True)
+
+
+def test_pause_and_continue(engine):
+    engine.pause_generation("in_place")
+    thread = threading.Thread(target=lambda: engine.generate("a", {"max_new_tokens": 2}))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    engine.continue_generation()
+    thread.join(5)
+    assert not thread.is_alive()
+    with pytest.raises(BadRequest, match="mode must be in_place, retract or abort"):
+        engine.pause_generation("nap")
+
+
+def test_what_is_not_there_is_refused(engine):
+    with pytest.raises(BadRequest, match="embeddings are not supported"):
+        engine.encode("a")
+    with pytest.raises(BadRequest, match="no profiler"):
+        engine.start_profile()
+    with pytest.raises(BadRequest, match="no profile is being recorded"):
+        engine.stop_profile()

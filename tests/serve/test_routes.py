@@ -91,3 +91,80 @@ def test_the_document_has_every_route_and_field(server):
     assert "404" in paths["/v1/models/{model}"]["get"]["responses"]
     assert paths["/flush_cache"]["get"]["parameters"][0]["name"] == "timeout"
     assert server.http.get("/docs").status_code == 200
+
+
+def test_metrics(start):
+    server = start(enable_metrics=True, api_key="hush", random_seed=2)
+    auth = {"Authorization": "Bearer hush"}
+    limit = {"max_new_tokens": 5, "ignore_eos": True}
+    for _ in range(2):
+        server.http.post("/generate", json={"text": "abcdefgh", "sampling_params": limit}, headers=auth)
+    lines = server.http.get("/metrics").text.splitlines()
+    numbers = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    model = '{model_name="fake"}'
+    assert numbers[f"sglang:num_requests_total{model}"] == 2
+    assert numbers[f"sglang:prompt_tokens_total{model}"] == 16
+    assert numbers[f"sglang:cached_tokens_total{model}"] == 4
+    assert numbers[f"sglang:generation_tokens_total{model}"] == 10
+    assert numbers[f"sglang:time_to_first_token_seconds_count{model}"] == 2
+    assert numbers[f"sglang:inter_token_latency_seconds_count{model}"] == 8
+    assert numbers[f"sglang:num_running_reqs{model}"] == 0
+    assert numbers[f"sglang:num_queue_reqs{model}"] == 0
+    assert numbers[f"sglang:max_total_num_tokens{model}"] == 2000
+    assert numbers['sglang:http_responses_total{endpoint="/generate",method="POST",status_code="200"}'] == 2
+    assert "/metrics" not in set(start().paths)
+
+
+class FakeProfiler:
+    def __init__(self) -> None:
+        self.options = []
+
+    def start(self, options) -> None:
+        if options.output_dir == "/full":
+            raise OSError("no space left")
+        self.options.append(options)
+
+    def stop(self) -> str:
+        return "trace.json.gz"
+
+
+def test_profiles(start):
+    profiler = FakeProfiler()
+    server = start(random_seed=2, profiler=profiler)
+
+    def post(path, **body):
+        response = server.http.post(path, json=body)
+        return response.status_code, response.json()["message"] if response.status_code != 200 else response.text
+
+    assert start().http.post("/start_profile").json()["message"] == "this engine has no profiler"
+    assert post("/stop_profile") == (400, "no profile is being recorded")
+    assert post("/start_profile", output_dir="/full") == (400, "no space left")
+    assert post("/start_profile", activities=["CPU"], profile_prefix="mine") == (200, "Profiling.\n")
+    assert (profiler.options[0].activities, profiler.options[0].prefix) == (("CPU",), "mine")
+    assert post("/start_profile") == (400, "a profile is being recorded")
+    assert post("/stop_profile") == (200, "The profile is in trace.json.gz.\n")
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(post("/start_profile", num_steps="3")))
+    thread.start()
+    eventually(lambda: len(profiler.options) == 2)
+    server.http.post("/generate", json={"text": "a", "sampling_params": {"max_new_tokens": 5}})
+    thread.join(5)
+    assert answers == [(200, "The profile is in trace.json.gz.\n")]
+    assert server.http.get("/start_profile").status_code == 200
+    assert server.http.get("/stop_profile").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"num_steps": 0}, "num_steps"),
+        ({"num_steps": "many"}, "num_steps"),
+        ({"activities": ["RPD"]}, "activities"),
+        ({"activities": []}, "activities"),
+        ({"profile_prefix": "../x"}, "profile_prefix"),
+        ({"start_step": 5}, "start_step"),
+    ],
+)
+def test_bad_profile_options_name_the_field(server, body, field):
+    response = server.http.post("/start_profile", json=body)
+    assert (response.status_code, response.json()["param"]) == (400, field)
