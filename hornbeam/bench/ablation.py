@@ -22,7 +22,6 @@ PARTS: Mapping[str, tuple[str, ...]] = {  # what is switched off, and by which f
     "overlap": ("--disable-overlap-schedule",),
     "radix cache": ("--disable-radix-cache",),
     "cascade attention": ("--disable-cascade-attention",),
-    "chunked prompts": ("--chunked-prefill-size", "-1"),
     "attention kernels": ("--attention-backend", "reference"),
 }
 _ROW = "{:<20} {:>9} {:>11} {:>13} {:>9}"
