@@ -11,6 +11,15 @@ from hornbeam.core.cache_spec import CacheSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureShape:
+    """The routed experts of each mixture layer."""
+
+    num_experts: int
+    top_k: int  # experts of a token
+    intermediate_size: int  # of one expert
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """What every part may know of a model; a family's own configuration extends it."""
 
@@ -26,6 +35,7 @@ class ModelConfig:
     attention_scale: float | None = None  # of the products of queries and keys; None: head_dim ** -0.5
     attention_soft_cap: float | None = None  # c: scores x become c * tanh(x / c)
     attention_sinks: bool = False  # each layer has a score per head that takes its part of the softmax, for no key
+    mixture: MixtureShape | None = None  # None: the model is dense
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +44,16 @@ class Placement:
 
     unpermute_heads undoes GGUF's order of rotary rows; ungroup_heads takes apart a tensor that holds, for each
     key-value head, its queries, key and value; add_one is for factors that are stored as what they differ from 1 by.
+    Of tensors of experts, transpose swaps inputs and outputs, pairs takes apart interleaved outputs of gate and up,
+    transpose_pairs does both.
     """
 
     parameter: str
     part: int | None = 0  # None: the tensor holds all parts
-    transform: Literal["none", "unpermute_heads", "ungroup_heads", "add_one"] = "none"
+    expert: int | None = None  # the tensor is of this expert alone; None: of all, if the parameter has experts
+    transform: Literal[
+        "none", "unpermute_heads", "ungroup_heads", "add_one", "transpose", "pairs", "transpose_pairs"
+    ] = "none"
     heads: int = 0  # heads in the tensor (ungroup_heads: key-value heads)
     head_dim: int = 0  # for ungroup_heads
 

@@ -76,6 +76,7 @@ def build_executor(
     with platform.tagged("kv"):
         executor.use_pool(CachePool(specs, num_pages, page_size, platform.device))
     captures = kernels.decode_attention.captures and kernels.single_attention.captures
+    captures = captures and (kernels.experts is None or kernels.experts.captures)
     if options.executor.graph_batch_sizes and captures:
         with platform.tagged("graphs"):
             executor.capture(options.executor.graph_batch_sizes)
@@ -97,6 +98,8 @@ def _query(config: ModelConfig, specs: tuple[CacheSpec, ...], options: EngineOpt
         window=next((spec.window for spec in specs if spec.window is not None), None),
         soft_cap=config.attention_soft_cap,
         sinks=config.attention_sinks,
+        hidden_size=config.hidden_size,
+        mixture=config.mixture,
     )
 
 

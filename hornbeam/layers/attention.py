@@ -1,10 +1,12 @@
-"""Attention of one layer over its cache: normalise and rotate, write keys and values, attend."""
+"""Attention of one layer: project, normalise and rotate, write keys and values to the cache, attend, project."""
 
 import torch
 from torch import Tensor, nn
 
 from hornbeam.layers.context import BuildContext
+from hornbeam.layers.decoder_config import DecoderConfig
 from hornbeam.layers.forward import Forward
+from hornbeam.layers.linear import Linear, empty_parameter
 from hornbeam.layers.norm import QueryKeyNorm
 from hornbeam.ops.qkv.contract import HeadNorms, Rotation
 
@@ -74,3 +76,27 @@ class Attention(nn.Module):
         if group.prefill is not None:
             outputs.append(group.prefill(q[n:], cache.k, cache.v, sinks, (k[n:], v[n:])))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class DecoderAttention(nn.Module):
+    """Projections around the attention of one layer."""
+
+    def __init__(self, config: DecoderConfig, layer: int, context: BuildContext) -> None:
+        super().__init__()
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        parts = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+        self.qkv = Linear(config.hidden_size, parts, context, bias=config.qkv_bias, split="out")
+        self.norm: QueryKeyNorm | None = None
+        if config.qk_norm != "none":
+            per_head, eps = config.qk_norm == "head", config.rms_norm_eps
+            self.norm = QueryKeyNorm(heads, kv_heads, head_dim, eps, context, per_head=per_head)
+        self.attend = Attention(layer, heads, kv_heads, head_dim, context)
+        self.sinks = empty_parameter((heads,), context) if config.attention_sinks else None
+        self.output = Linear(heads * head_dim, (config.hidden_size,), context, bias=config.output_bias, split="in")
+
+    def forward(self, qkv: Tensor, rotary: Rotary | None, positions: Tensor, fwd: Forward) -> Tensor:
+        """What `qkv` projected [T, (Hq + 2 Hk) D] -> [T, H]; rotary: None where the layer has no positions."""
+        norm = self.norm
+        if norm is not None and not norm.per_head:
+            qkv, norm = norm(qkv), None
+        return self.output(self.attend(qkv, norm, rotary, positions, fwd, self.sinks), fwd)

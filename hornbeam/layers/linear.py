@@ -14,7 +14,7 @@ class Linear(nn.Module):
     """y = x W^T + b, with one or several fused parts along the outputs.
 
     `parts` holds the rows of each part on this rank: checkpoint part i fills rows sum(parts[:i]) onward. `split` says
-    which side is shared out over the tensor-parallel ranks; "in" needs a sum over ranks afterwards.
+    which side is shared out over the tensor-parallel ranks, if one is; "in" needs a sum over ranks afterwards.
     """
 
     def __init__(
@@ -24,13 +24,13 @@ class Linear(nn.Module):
         context: BuildContext,
         *,
         bias: bool = False,
-        split: Literal["out", "in"],
+        split: Literal["out", "in", "none"],
     ) -> None:
         super().__init__()
         axis = context.grid.attn_tp
         if split == "in":
             in_features = axis.share(in_features, "input features")
-        else:
+        elif split == "out":
             parts = tuple(axis.share(part, "output features") for part in parts)
         self.parts = parts
         rows = sum(parts)

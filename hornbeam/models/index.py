@@ -27,6 +27,9 @@ ARCHITECTURES: dict[str, str] = {
     "Olmo2ForCausalLM": "llama",
     "InternLM2ForCausalLM": "llama",
     "SeedOssForCausalLM": "llama",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2MoeForCausalLM": "qwen_moe",
+    "Qwen3MoeForCausalLM": "qwen_moe",
     "gguf:llama": "llama",
     "gguf:qwen2": "llama",
     "gguf:qwen3": "llama",
@@ -37,7 +40,13 @@ ARCHITECTURES: dict[str, str] = {
     "gguf:internlm2": "llama",
 }
 FAMILIES: Registry[None, ModelFamily] = Registry(
-    "models", {"gemma": "hornbeam.models.gemma.spec:FAMILY", "llama": "hornbeam.models.llama.spec:FAMILY"}
+    "models",
+    {
+        "gemma": "hornbeam.models.gemma.spec:FAMILY",
+        "llama": "hornbeam.models.llama.spec:FAMILY",
+        "mixtral": "hornbeam.models.mixtral.spec:FAMILY",
+        "qwen_moe": "hornbeam.models.qwen_moe.spec:FAMILY",
+    },
 )
 # For what no family claims; `supports(hf_config)` looks at the model
 HOSTS: Registry[Mapping[str, Any], ModelFamily] = Registry(

@@ -9,6 +9,7 @@ from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION, Activation
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION, AttentionBackend
 from hornbeam.ops.linear.contract import LINEAR, LinearProduct
+from hornbeam.ops.moe.contract import EXPERTS, ROUTING, ExpertsBackend, Routing
 from hornbeam.ops.norm.contract import NORM, Norm
 from hornbeam.ops.probes import Probes
 from hornbeam.ops.qkv.contract import QKV, Qkv
@@ -26,10 +27,12 @@ class Kernels:
 
     activation: Activation
     decode_attention: AttentionBackend
+    experts: ExpertsBackend | None  # of mixtures; None: the model is dense
     linear: LinearProduct
     norm: Norm
     prefill_attention: AttentionBackend
     qkv: Qkv
+    routing: Routing | None  # likewise
     sample: Sample
     single_attention: AttentionBackend
 
@@ -44,10 +47,12 @@ def choose_kernels(query: OpQuery, decode_attention: str = "auto", prefill_atten
     return Kernels(
         activation=_choose(ACTIVATION, query, probes.activation),
         decode_attention=_choose(DECODE_ATTENTION, query, probes.attention, decode_attention),
+        experts=_choose(EXPERTS, query, probes.experts) if query.mixture else None,
         linear=_choose(LINEAR, query, probes.linear),
         norm=_choose(NORM, query, probes.norm),
         prefill_attention=_choose(PREFILL_ATTENTION, query, probes.attention, prefill_attention),
         qkv=_choose(QKV, query, probes.qkv),
+        routing=_choose(ROUTING, query, probes.routing) if query.mixture else None,
         sample=_choose(SAMPLE, query, probes.sample),
         single_attention=_choose(SINGLE_ATTENTION, query, probes.attention, decode_attention),
     )

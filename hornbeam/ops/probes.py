@@ -9,9 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hornbeam.core.family import MixtureShape
 from hornbeam.ops.activation.contract import Activation
 from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape, Rows
 from hornbeam.ops.linear.contract import LinearProduct
+from hornbeam.ops.moe.contract import ExpertsBackend, ExpertsShape, ExpertWeights, GatedUnit, Routing, RoutingRule
 from hornbeam.ops.norm.contract import Norm
 from hornbeam.ops.qkv.contract import HeadNorms, Qkv, Rotation
 from hornbeam.ops.query import OpQuery
@@ -64,6 +66,30 @@ class Probes:
             plan(rows)(self._zeros(num_queries, query.num_heads, query.head_dim), pages, pages, sinks)
         self._wait()
 
+    def experts(self, backend: ExpertsBackend) -> None:
+        """A token with one expert, the only one."""
+        mixture, hidden = self._mixture(), self._query.hidden_size
+        zeros, inner = self._zeros, mixture.intermediate_size
+        shape = ExpertsShape(
+            num_experts=1,
+            top_k=1,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            unit=GatedUnit(),
+            dtype=getattr(torch, self._query.dtype),
+            device=self._device,
+        )
+        weights = ExpertWeights(gate_up=zeros(1, 2 * inner, hidden), down=zeros(1, hidden, inner))
+        ids = self._integers(1, 1, dtype=torch.int32)
+        backend.create(shape)(zeros(1, hidden), torch.ones(1, 1, device=self._device), ids, weights)
+        self._wait()
+
+    def routing(self, backend: Routing) -> None:
+        """One token."""
+        mixture = self._mixture()
+        backend.route(self._zeros(1, mixture.num_experts), RoutingRule(top_k=mixture.top_k, renormalize=True))
+        self._wait()
+
     def linear(self, backend: LinearProduct) -> None:
         """One row and two."""
         for num_rows in (1, 2):
@@ -94,6 +120,10 @@ class Probes:
         backend.penalize(logits, zeros, self._integers(1, 64, dtype=torch.int32), ones, ones, ones)
         backend.sample(logits, ones, zeros, zeros, backend.thresholds(logits, ones, zeros + 1, ones / 2, ones / 2))
         self._wait()
+
+    def _mixture(self) -> MixtureShape:
+        assert self._query.mixture is not None
+        return self._query.mixture
 
     def _pages(self) -> Tensor:
         return self._zeros(1, self._query.page_size, self._query.num_kv_heads, self._query.head_dim)

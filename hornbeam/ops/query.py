@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from hornbeam.core.family import MixtureShape
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpQuery:
@@ -16,3 +18,5 @@ class OpQuery:
     window: int | None = None  # a query sees only the last `window` tokens
     soft_cap: float | None = None  # of attention scores
     sinks: bool = False  # attention has a score per head that leads to no key
+    hidden_size: int = 0  # of what experts take
+    mixture: MixtureShape | None = None  # experts of this rank; None: the model is dense

@@ -5,6 +5,7 @@ Knows neither file formats nor families: a checkpoint streams tensors, and a fam
 
 import hashlib
 from collections.abc import Collection, Mapping
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import Placement
 from hornbeam.layers.linear import Linear
+from hornbeam.layers.moe import StackedLinear
 from hornbeam.weights.checkpoint import Checkpoint
 
 _DUMMY_DEVIATION = 0.02
@@ -37,7 +39,8 @@ def load_weights(
     """
     targets = {name: _target(model, placement) for name, placement in weight_map.items()}
     _check_coverage(model, weight_map)
-    _check_shapes(checkpoint, targets, unread)
+    shapes = {name: _shape(target, weight_map[name]) for name, target in targets.items()}
+    _check_shapes(checkpoint, shapes, unread)
     total = sum(target.nbytes for target in targets.values())
     with tqdm(
         total=total, desc="Loading weights", unit="B", unit_scale=True, delay=_PROGRESS_DELAY, disable=None
@@ -92,6 +95,12 @@ def _transformed(tensor: Tensor, placement: Placement) -> Tensor:
             return ungroup_heads(tensor, placement.heads, placement.head_dim)
         case "add_one":
             return tensor.float() + 1
+        case "transpose":
+            return tensor.transpose(-1, -2)
+        case "pairs" | "transpose_pairs":
+            # all outputs of gate, then all of up
+            outputs: Tensor = tensor.unflatten(-1, (-1, 2)).movedim(-1, -2).flatten(-2)
+            return outputs if placement.transform == "pairs" else outputs.transpose(-1, -2)
         case "none":
             return tensor
 
@@ -100,34 +109,46 @@ def _target(model: nn.Module, placement: Placement) -> Tensor:
     """The parameter, or the rows of it, that `placement` means: a view to write through."""
     parameter = model.get_parameter(placement.parameter).detach()
     owner = model.get_submodule(placement.parameter.rpartition(".")[0])
-    if placement.part is None or not isinstance(owner, Linear):
+    dim = 0
+    if isinstance(owner, StackedLinear):
+        parameter, dim = (parameter, 1) if placement.expert is None else (parameter[placement.expert], 0)
+    if placement.part is None or not isinstance(owner, Linear | StackedLinear):
         return parameter
-    return parameter.split_with_sizes(owner.parts)[placement.part]
+    return parameter.split_with_sizes(owner.parts, dim)[placement.part]
 
 
 def _check_coverage(model: nn.Module, weight_map: Mapping[str, Placement]) -> None:
     """A family's map must fill every part of every parameter of its own model, or memory stays uninitialised."""
-    num_parts: dict[str, int] = {}
+    sizes: dict[str, tuple[int, int]] = {}  # experts and parts
     for name, _ in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        num_parts[name] = len(owner.parts) if isinstance(owner, Linear) else 1
-    expected = {(name, part) for name, count in num_parts.items() for part in range(count)}
-    filled: set[tuple[str, int]] = set()
+        num_parts = len(owner.parts) if isinstance(owner, Linear | StackedLinear) else 1
+        sizes[name] = owner.num_experts if isinstance(owner, StackedLinear) else 1, num_parts
+    expected = {(name, *place) for name, size in sizes.items() for place in product(*map(range, size))}
+    filled: set[tuple[str, int, int]] = set()
     for place in weight_map.values():
-        parts = range(num_parts[place.parameter]) if place.part is None else (place.part,)
-        filled |= {(place.parameter, part) for part in parts}
+        num_experts, num_parts = sizes[place.parameter]
+        experts = range(num_experts) if place.expert is None else (place.expert,)
+        parts = range(num_parts) if place.part is None else (place.part,)
+        filled |= {(place.parameter, *pair) for pair in product(experts, parts)}
     assert filled == expected, f"weight map and model disagree on {sorted(filled ^ expected)}"
 
 
-def _check_shapes(checkpoint: Checkpoint, targets: Mapping[str, Tensor], unread: tuple[str, ...]) -> None:
+def _shape(target: Tensor, placement: Placement) -> tuple[int, ...]:
+    """Of the checkpoint's tensor."""
+    *rest, rows, columns = target.shape if target.dim() > 1 else (1, *target.shape)
+    return (*rest, columns, rows) if placement.transform in ("transpose", "transpose_pairs") else tuple(target.shape)
+
+
+def _check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], unread: tuple[str, ...]) -> None:
     shapes = {name: shape for name, shape in checkpoint.source.shapes().items() if not name.startswith(unread)}
     misfits = {
-        "missing": sorted(targets.keys() - shapes.keys()),
-        "not known to the model": sorted(n for n in shapes.keys() - targets.keys() if not _idle(n, shapes)),
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "not known to the model": sorted(n for n in shapes.keys() - expected.keys() if not _idle(n, shapes)),
         "of the wrong shape": [
-            f"{name} {list(shapes[name])}, expected {list(target.shape)}"
-            for name, target in targets.items()
-            if name in shapes and shapes[name] != target.shape
+            f"{name} {list(shapes[name])}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if name in shapes and shapes[name] != shape
         ],
     }
     refuse_misfits(checkpoint.path, misfits)

@@ -6,11 +6,13 @@ import pytest
 from harness import Sequence, as_tensor, make_engine
 
 from hornbeam.core.errors import ConfigError
+from hornbeam.core.family import MixtureShape
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
 from hornbeam.ops.kernels import choose_kernels
 from hornbeam.ops.linear.contract import LINEAR
+from hornbeam.ops.moe.contract import EXPERTS, ROUTING
 from hornbeam.ops.norm.contract import NORM
 from hornbeam.ops.probes import Probes
 from hornbeam.ops.qkv.contract import QKV
@@ -19,8 +21,18 @@ from hornbeam.ops.sample.contract import SAMPLE
 
 pytestmark = pytest.mark.cpu
 
-REGISTRIES = (ACTIVATION, DECODE_ATTENTION, LINEAR, NORM, PREFILL_ATTENTION, QKV, SAMPLE, SINGLE_ATTENTION)
-QUERY = OpQuery(device="cpu", dtype="float32", num_heads=4, num_kv_heads=2, head_dim=8, page_size=16)
+ATTENTION = (DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION)
+REGISTRIES = (ACTIVATION, *ATTENTION, EXPERTS, LINEAR, NORM, QKV, ROUTING, SAMPLE)
+QUERY = OpQuery(
+    device="cpu",
+    dtype="float32",
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    page_size=16,
+    hidden_size=16,
+    mixture=MixtureShape(num_experts=4, top_k=2, intermediate_size=8),
+)
 BROKEN = {
     "raises-on-import": ("raise OSError('no such driver')", "OSError: no such driver"),
     "is-not-installed": ("import nonexistent_library", "No module named 'nonexistent_library'"),

@@ -5,16 +5,15 @@ Which models it serves, and how they differ, stands in `rows`. Imports no torch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hornbeam.core.cache_spec import CacheSpec
-from hornbeam.core.config_reader import MAX_LAYERS, ConfigReader
-from hornbeam.core.errors import ConfigError
-from hornbeam.core.family import ModelConfig, Placement
-from hornbeam.core.windows import attention_specs, parse_windows
+from hornbeam.core.config_reader import ConfigReader
+from hornbeam.core.family import Placement
+from hornbeam.core.windows import parse_windows
+from hornbeam.layers.decoder_config import DecoderConfig, read_decoder
 from hornbeam.models.llama.rows import ROWS, Layout, Row
 from hornbeam.models.llama.weights import weight_map
-from hornbeam.ops.rope.scaling import RopeSettings, YarnScaling, parse_rope
 
 if TYPE_CHECKING:
     from hornbeam.layers.context import BuildContext
@@ -22,21 +21,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LlamaConfig(ModelConfig):
+class LlamaConfig(DecoderConfig):
     """Sizes and switches of one model of the family."""
 
     layout: Layout  # of the checkpoint's projections
     paired_rotation: bool  # of the checkpoint's queries and keys
     intermediate_size: int
-    rms_norm_eps: float
-    rope: RopeSettings
     rotary_layers: tuple[bool, ...]  # whether each layer rotates
-    windows: tuple[int | None, ...]  # of each layer; None: it sees everything
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    output_bias: bool  # of attention
     mlp_bias: bool
-    qk_norm: Literal["none", "head", "whole"]  # over each head, or over all heads of a token
     post_norm: bool  # norms behind attention and MLP instead of before them
     embedding_multiplier: float
     residual_multiplier: float  # of what attention and MLP add
@@ -53,38 +45,19 @@ class LlamaFamily:
         read = ConfigReader(hf_config)
         architecture = str(hf_config["architectures"][0])
         row = ROWS.get(architecture, Row())
-        num_heads, hidden_size = read.size("num_attention_heads"), read.size("hidden_size")
-        head_dim = read.size("head_dim", hidden_size // num_heads)
-        num_kv_heads = read.size("num_key_value_heads", num_heads)
-        if num_heads % num_kv_heads:
-            raise ConfigError(f"the config's {num_heads} heads do not divide over {num_kv_heads} key-value heads")
-        context_len = read.size("max_position_embeddings")
-        rope = parse_rope(read, head_dim, context_len)
-        if isinstance(rope.scaling, YarnScaling):
-            context_len = max(context_len, int(rope.scaling.factor * rope.scaling.original_context_len))
         _refuse_other_mathematics(read)
-        num_layers = read.size("num_hidden_layers", most=MAX_LAYERS)
-        rotary_layers = _rotary_layers(read, row, num_layers)
+        shared = read_decoder(read)
+        rotary_layers = _rotary_layers(read, row, shared["num_layers"])
         attention_bias = read.switch("attention_bias")
         multiplier = _multipliers(read) if row.multipliers else {}
         return LlamaConfig(
-            architecture=architecture,
-            num_layers=num_layers,
-            hidden_size=hidden_size,
-            vocab_size=read.size("vocab_size"),
-            context_len=context_len,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=read.dtype(),
+            **shared,
             attention_scale=multiplier.get("attention_multiplier"),
             layout=row.layout,
             paired_rotation=row.paired_rotation,
             intermediate_size=read.size("intermediate_size"),
-            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-            rope=rope,
             rotary_layers=rotary_layers,
-            windows=_windows(read, row, rotary_layers, context_len),
+            windows=_windows(read, row, rotary_layers, shared["context_len"]),
             tie_word_embeddings=read.switch("tie_word_embeddings", row.tied_head),
             qkv_bias=attention_bias if row.qkv_bias is None else row.qkv_bias,
             output_bias=attention_bias and row.qkv_bias is None,
@@ -98,7 +71,7 @@ class LlamaFamily:
 
     def cache_specs(self, config: LlamaConfig) -> tuple[CacheSpec, ...]:
         """One group, or two: layers keep keys and values of every token, or those of their window."""
-        return attention_specs(config.windows, config.num_kv_heads, config.head_dim, config.dtype)
+        return config.cache_specs()
 
     def defaults(self, config: LlamaConfig, platform: str) -> Mapping[str, Any]:
         """No preferences."""

@@ -1,0 +1,62 @@
+"""The decoder that most families share: pre-norm blocks of grouped-query attention and what stands behind it."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from hornbeam.layers.attention import DecoderAttention, Rotary
+from hornbeam.layers.context import BuildContext
+from hornbeam.layers.decoder_config import DecoderConfig
+from hornbeam.layers.forward import Forward
+from hornbeam.layers.linear import Embedding, Head
+from hornbeam.layers.mlp import GatedMLP
+from hornbeam.layers.norm import RMSNorm, normed_linear
+from hornbeam.ops.rope.frequencies import rope_table
+
+
+class DecoderBlock(nn.Module):
+    """One layer, pre-norm. `residual` is the running sum; each half adds its input to it, then returns its output."""
+
+    def __init__(self, config: DecoderConfig, layer: int, mlp: nn.Module, context: BuildContext) -> None:
+        """Take as `mlp` what stands behind attention: called with x [T, H] and the step."""
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        self.attention = DecoderAttention(config, layer, context)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        self.mlp = mlp
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rotary: Rotary | None, positions: Tensor, fwd: Forward
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [T, H], residual [T, H] or None in the first layer -> the block's output and the sum up to it."""
+        qkv, residual = normed_linear(self.attention_norm, self.attention.qkv, x, residual, fwd)
+        x = self.attention(qkv, rotary, positions, fwd)
+        if isinstance(self.mlp, GatedMLP):
+            hidden, residual = normed_linear(self.mlp_norm, self.mlp.gate_up, x, residual, fwd, self.mlp.activation)
+            return self.mlp.down(hidden, fwd), residual
+        return self.mlp(self.mlp_norm(x, residual), fwd), residual
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm, head."""
+
+    def __init__(self, config: DecoderConfig, blocks: Iterable[DecoderBlock], context: BuildContext) -> None:
+        super().__init__()
+        self.embed = Embedding(config.vocab_size, config.hidden_size, context)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        tied = self.embed if config.tie_word_embeddings else None
+        self.head = Head(config.vocab_size, config.hidden_size, context, tied)
+        rope = config.rope
+        self.rotary = Rotary(rope_table(rope.dim, rope.theta, rope.scaling, context.context_len), context)
+
+    def forward(self, ids: Tensor, positions: Tensor, fwd: Forward) -> Tensor:
+        """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm."""
+        x, residual = self.embed(ids, fwd), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, self.rotary, positions, fwd)
+        return self.norm(x, residual)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, H] -> [R, V]."""
+        return self.head(hidden)

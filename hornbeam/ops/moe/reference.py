@@ -1,0 +1,102 @@
+"""Mixtures of experts in plain torch: a loop over the experts that are hit, not over tokens."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hornbeam.ops.moe.contract import Experts, ExpertsShape, ExpertWeights, GatedUnit, RoutingRule
+from hornbeam.ops.query import OpQuery
+
+
+class ReferenceRouting:
+    """Serves every device and shape."""
+
+    def supports(self, query: OpQuery) -> str | None:
+        """Always."""
+        return None
+
+    def route(
+        self,
+        logits: Tensor,
+        rule: RoutingRule,
+        correction: Tensor | None = None,
+        expert_map: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Routing`."""
+        wide = logits.float()
+        scores = wide.softmax(-1) if rule.scores == "softmax" else wide.sigmoid()
+        choice = scores if correction is None else scores + correction
+        if rule.num_groups > 1:
+            choice = _of_best_groups(choice, rule)
+        ids = choice.topk(rule.top_k, -1).indices
+        weights = scores.gather(1, ids)
+        if rule.renormalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        ids = ids.int() if expert_map is None else expert_map[ids]
+        if padding is not None:
+            ids = ids.masked_fill(padding[:, None], -1)
+        return weights * rule.factor, ids
+
+
+def _of_best_groups(choice: Tensor, rule: RoutingRule) -> Tensor:
+    """The values [T, E] with those of other groups at -inf: a correction may make values of kept groups negative."""
+    groups: Tensor = choice.unflatten(1, (rule.num_groups, -1))
+    best = groups.topk(2 if rule.group_score == "two_best" else 1, -1).values.sum(-1)
+    kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(rule.num_kept_groups, -1).indices, True)
+    rest: Tensor = groups.masked_fill(~kept[:, :, None], float("-inf"))
+    return rest.flatten(1)
+
+
+def gated(gate_up: Tensor, unit: GatedUnit) -> Tensor:
+    """[T, 2 I] -> [T, I]."""
+    gate, up = gate_up.float().chunk(2, -1)
+    if unit.limit is not None:
+        gate, up = gate.clamp(max=unit.limit), up.clamp(-unit.limit, unit.limit)
+    out: Tensor = (up + unit.offset) * gate * torch.sigmoid(unit.alpha * gate)
+    return out.to(gate_up.dtype)
+
+
+class ReferenceExperts:
+    """Reads on the host which experts are hit, so it cannot run inside a graph."""
+
+    def __init__(self, shape: ExpertsShape) -> None:
+        self._shape = shape
+
+    def __call__(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights) -> Tensor:
+        """See `Experts`."""
+        order = ids.flatten().argsort(stable=True)
+        counts = torch.bincount(ids.flatten() + 1, minlength=self._shape.num_experts + 1).tolist()
+        out = torch.zeros_like(x, dtype=torch.float32)
+        for expert, pairs in enumerate(order.split(counts), start=-1):
+            if expert < 0 or not len(pairs):
+                continue
+            tokens = pairs // ids.shape[1]
+            part = _expert(x[tokens], expert, experts, self._shape.unit)
+            out.index_add_(0, tokens, part.float() * weights.flatten()[pairs, None])
+        return out.to(x.dtype)
+
+
+def _expert(x: Tensor, expert: int, experts: ExpertWeights, unit: GatedUnit) -> Tensor:
+    biases = (None if bias is None else bias[expert] for bias in (experts.gate_up_bias, experts.down_bias))
+    gate_up_bias, down_bias = biases
+    inner = gated(F.linear(x, experts.gate_up[expert], gate_up_bias), unit)
+    return F.linear(inner, experts.down[expert], down_bias)
+
+
+class ReferenceBackend:
+    """Serves every device and shape."""
+
+    captures = False
+
+    def supports(self, query: OpQuery) -> str | None:
+        """Always."""
+        return None
+
+    def create(self, shape: ExpertsShape) -> Experts:
+        """See `ExpertsBackend`."""
+        return ReferenceExperts(shape)
+
+
+ROUTING = ReferenceRouting()
+EXPERTS = ReferenceBackend()

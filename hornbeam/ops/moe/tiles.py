@@ -1,0 +1,137 @@
+"""How the grouped products are cut into tiles: from a table that a search on the device has written, or by a rule.
+
+A table is one JSON file per kernel, shape, device and dtype: for numbers of tokens, the best tiles. It is looked for
+in the cache folder, where `hornbeam tune moe` puts it, then among those that come with the package.
+"""
+
+import json
+import logging
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hornbeam.config.environment import read_environment
+from hornbeam.core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+SHIPPED = Path(__file__).parent / "tiles"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """What one program computes, and how."""
+
+    block_n: int
+    block_k: int
+    group: int  # blocks of rows that take turns over the same columns
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    """Of both products. They share the rows of a block, since they share the order of rows."""
+
+    block_m: int
+    gate_up: Tile
+    down: Tile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableKey:
+    """What a table is for."""
+
+    num_experts: int
+    intermediate_size: int
+    hidden_size: int
+    top_k: int
+    device: str  # as the driver names it
+    dtype: str
+
+    @property
+    def file_name(self) -> str:
+        """Of the table."""
+        sizes = f"E={self.num_experts},N={self.intermediate_size},K={self.hidden_size},top_k={self.top_k}"
+        return f"experts,{sizes},{self.device.replace(' ', '_')},{self.dtype}.json"
+
+
+class TileTable:
+    """Tiles by number of tokens."""
+
+    def __init__(self, entries: Mapping[int, Tiles], num_experts: int, top_k: int) -> None:
+        """No entries: a rule decides, by the tokens that an expert gets on average."""
+        self._sizes = sorted(entries)
+        self._entries = entries
+        self._share = top_k / num_experts
+
+    def of(self, num_tokens: int) -> Tiles:
+        """The entry of the nearest number above; of the largest, beyond that."""
+        if not self._sizes:
+            return default_tiles(num_tokens * self._share)
+        return self._entries[self._sizes[min(bisect_left(self._sizes, num_tokens), len(self._sizes) - 1)]]
+
+
+def default_tiles(tokens_per_expert: float) -> Tiles:
+    """Few rows: narrow tiles, whose loads of weights are all that counts; many: large ones, which reuse them."""
+    if tokens_per_expert <= 16:
+        tile = Tile(block_n=64, block_k=128, group=1, num_warps=4, num_stages=4)
+        return Tiles(block_m=16, gate_up=tile, down=tile)
+    if tokens_per_expert <= 64:
+        tile = Tile(block_n=64, block_k=64, group=8, num_warps=4, num_stages=4)
+        return Tiles(block_m=64, gate_up=tile, down=tile)
+    down = Tile(block_n=128, block_k=64, group=16, num_warps=8, num_stages=4)
+    return Tiles(block_m=128, gate_up=Tile(block_n=64, block_k=64, group=16, num_warps=8, num_stages=4), down=down)
+
+
+@cache
+def load_table(key: TableKey) -> TileTable:
+    """The table for `key`; if there is none, one warning that says how to make it, and the rule.
+
+    Raises:
+        ConfigError: the file is there, but is not such a table.
+    """
+    for folder in (tuned_folder(), SHIPPED):
+        path = folder / key.file_name
+        if path.exists():
+            return TileTable(_read(path), key.num_experts, key.top_k)
+    logger.warning(
+        "no tuned tiles for %d experts of %d x %d on %s: products may be slow; hornbeam tune moe --model-path ... "
+        "--dtype %s searches them",
+        key.num_experts,
+        key.hidden_size,
+        key.intermediate_size,
+        key.device,
+        key.dtype,
+    )
+    return TileTable({}, key.num_experts, key.top_k)
+
+
+def tuned_folder() -> Path:
+    """Where this machine's own tables are."""
+    return read_environment().cache_dir / "tiles"
+
+
+def write_table(path: Path, entries: Mapping[int, Tiles]) -> None:
+    """Write `entries` as a table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {str(num_tokens): asdict(tiles) for num_tokens, tiles in sorted(entries.items())}
+    path.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+
+
+def _read(path: Path) -> dict[int, Tiles]:
+    try:
+        table: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8"))
+        return {
+            int(num_tokens): Tiles(
+                block_m=entry["block_m"], gate_up=Tile(**entry["gate_up"]), down=Tile(**entry["down"])
+            )
+            for num_tokens, entry in table.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is no table of tiles ({error}); delete it, or run hornbeam tune moe again"
+        ) from error

@@ -1,0 +1,62 @@
+"""Comparing a family with transformers: tiny random checkpoints, and our logprobs against theirs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Sequence, as_tensor, make_engine
+from torch import Tensor
+
+NUM_NEW = 8
+PROMPT = [int(x) for x in torch.randint(0, 300, (53,), generator=torch.Generator().manual_seed(1))]
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def save_checkpoint(folder: Path, model_type: str, settings: dict[str, Any]) -> Path:
+    """A random model with `settings`, whose norms and biases count, as transformers saves it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | settings))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight", "sinks", "correction_bias")):
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def reference(folder: Path) -> list[Tensor]:
+    """Logprobs [V] after the prompt and after each greedy token."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    ids, rows = list(PROMPT), []
+    for _ in range(NUM_NEW):
+        rows.append(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1))
+        ids.append(int(rows[-1].argmax()))
+    return rows
+
+
+def assert_parity(folder: Path, expected: list[Tensor], num_groups: int = 1, **flags: Any) -> None:
+    """Logprobs within 1e-4 over prefill, prefill in chunks after a cached prefix, and decode; the same greedy ids."""
+    executor = make_engine(folder, **flags).executor
+    for slot, chunk_size in enumerate((None, 16, 7)):
+        sequence = Sequence(executor, slot=slot, first_page=3 + 8 * slot, num_pages=8, num_groups=num_groups)
+        rows = [as_tensor(sequence.prefill(PROMPT, chunk_size))]
+        rows += [as_tensor(sequence.decode()) for _ in range(NUM_NEW - 1)]
+        for row, theirs in zip(rows, expected, strict=True):
+            torch.testing.assert_close(row, theirs, atol=1e-4, rtol=0)
+            assert row.argmax() == theirs.argmax()

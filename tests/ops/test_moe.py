@@ -1,0 +1,169 @@
+"""Experts and routing: the reference against the definition, the kernels against the reference."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hornbeam.ops.moe.contract import ExpertsShape, ExpertWeights, GatedUnit, RoutingRule
+from hornbeam.ops.moe.reference import EXPERTS, ROUTING
+
+RULES = {
+    "softmax": RoutingRule(top_k=4, renormalize=False),
+    "softmax, one": RoutingRule(top_k=1, renormalize=True),
+    "softmax, renormalized": RoutingRule(top_k=3, renormalize=True),
+    "softmax, groups by best": RoutingRule(top_k=4, renormalize=False, factor=16.0, num_groups=6, num_kept_groups=2),
+    "sigmoid, groups by two best": RoutingRule(
+        top_k=4, scores="sigmoid", renormalize=True, factor=2.5, num_groups=4, num_kept_groups=2, group_score="two_best"
+    ),
+}
+CLAMPED = GatedUnit(alpha=1.702, limit=0.7, offset=1.0)
+
+
+def slowly_routed(logits: Tensor, rule: RoutingRule, correction: Tensor) -> list[dict[int, float]]:
+    """Expert -> weight of each token, by the definition, with Python's lists."""
+    tokens = []
+    for row in logits.double():
+        scores = (row.softmax(-1) if rule.scores == "softmax" else row.sigmoid()).tolist()
+        choice = [score + float(extra) for score, extra in zip(scores, correction, strict=True)]
+        size = len(scores) // rule.num_groups
+        count = 2 if rule.group_score == "two_best" else 1
+        groups = [sum(sorted(choice[i * size : (i + 1) * size])[-count:]) for i in range(rule.num_groups)]
+        kept = sorted(range(rule.num_groups), key=lambda i: -groups[i])[: rule.num_kept_groups]
+        allowed = [expert for expert in range(len(scores)) if expert // size in kept]
+        chosen = sorted(allowed, key=lambda expert: -choice[expert])[: rule.top_k]
+        total = sum(scores[expert] for expert in chosen) if rule.renormalize else 1.0
+        tokens.append({expert: scores[expert] / total * rule.factor for expert in chosen})
+    return tokens
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_reference_routes_as_defined(rule: RoutingRule) -> None:
+    torch.manual_seed(0)
+    logits, correction = torch.randn(50, 24), torch.randn(24) * 0.3
+    weights, ids = ROUTING.route(logits, rule, correction)
+    for row, chosen, expected in zip(weights, ids, slowly_routed(logits, rule, correction), strict=True):
+        assert dict(zip(chosen.tolist(), row.tolist(), strict=True)) == pytest.approx(expected, rel=1e-5)
+        assert chosen.tolist() == list(expected)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("extras", [False, True])
+def test_the_kernel_routes_as_the_reference(device, dtype, rule, extras):
+    pytest.importorskip("triton")
+    from hornbeam.ops.moe.triton_routing import BACKEND
+
+    logits = torch.randn(9, 30, device=device).to(dtype)[:, :24] + torch.arange(24, device=device).to(dtype) / 64
+    correction = torch.randn(24, device=device) * 0.3 if extras else None
+    expert_map = (torch.randperm(24, device=device) - 4).clamp(min=-1).int() if extras else None
+    padding = torch.arange(9, device=device) > 6 if extras else None
+    weights, ids = BACKEND.route(logits, rule, correction, expert_map, padding)
+    expected_weights, expected_ids = ROUTING.route(logits, rule, correction, expert_map, padding)
+    torch.testing.assert_close(weights, expected_weights)
+    assert ids.equal(expected_ids)
+    assert [len(part) for part in BACKEND.route(logits[:0], rule)] == [0, 0]
+
+
+def make_experts(num_experts: int, hidden: int, inner: int, dtype: torch.dtype, device, bias: bool) -> ExpertWeights:
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(num_experts, *shape, device=device) / shape[-1] ** 0.5).to(dtype)
+
+    biases = {"gate_up_bias": draw(2 * inner), "down_bias": draw(hidden)} if bias else {}
+    return ExpertWeights(gate_up=draw(2 * inner, hidden), down=draw(hidden, inner), **biases)
+
+
+def make_shape(experts: ExpertWeights, top_k: int, unit: GatedUnit) -> ExpertsShape:
+    num_experts, hidden, inner = experts.down.shape
+    return ExpertsShape(
+        num_experts=num_experts,
+        top_k=top_k,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        unit=unit,
+        dtype=experts.down.dtype,
+        device=experts.down.device,
+    )
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("unit", [GatedUnit(), CLAMPED], ids=["silu", "clamped"])
+def test_the_reference_is_the_weighted_sum(unit: GatedUnit) -> None:
+    torch.manual_seed(0)
+    experts = make_experts(5, 12, 7, torch.float32, "cpu", bias=True)
+    x, weights = torch.randn(6, 12), torch.rand(6, 2)
+    ids = torch.tensor([[0, 3], [3, 1], [-1, 4], [4, 0], [-1, -1], [1, -1]], dtype=torch.int32)
+    expected = torch.zeros(6, 12)
+    limit = float("inf") if unit.limit is None else unit.limit
+    for token, slot in [(t, s) for t in range(6) for s in range(2) if ids[t, s] >= 0]:
+        expert = int(ids[token, slot])
+        gate, up = (experts.gate_up[expert] @ x[token] + experts.gate_up_bias[expert]).chunk(2)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        inner = (up + unit.offset) * gate * torch.sigmoid(gate * unit.alpha)
+        expected[token] += weights[token, slot] * (experts.down[expert] @ inner + experts.down_bias[expert])
+    out = EXPERTS.create(make_shape(experts, 2, unit))(x, weights, ids, experts)
+    torch.testing.assert_close(out, expected)
+
+
+CHOICES = {
+    "no token": torch.empty(0, 3),
+    "one token": torch.tensor([[5, 0, 2]]),
+    "all on one expert": torch.tensor([[1, -1, -1]] * 40),
+    "none at all": torch.full((5, 3), -1),
+    "any": torch.stack([torch.randperm(6, generator=torch.Generator().manual_seed(i))[:3] for i in range(50)]),
+    "some missing": torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(i))[:3] for i in range(37)])
+    .sub(3)
+    .clamp(min=-1),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(("unit", "bias"), [(GatedUnit(), False), (CLAMPED, True)], ids=["silu", "clamped"])
+def test_the_kernels_sum_as_the_reference(device, choice, unit, bias):
+    pytest.importorskip("triton")
+    from hornbeam.ops.moe.tiles import Tile, Tiles
+    from hornbeam.ops.moe.triton import TritonExperts
+
+    experts = make_experts(6, 72, 40, torch.float32, device, bias)
+    ids = CHOICES[choice].int().to(device)
+    x, weights = torch.randn(len(ids), 72, device=device), torch.rand(len(ids), 3, device=device)
+    shape = make_shape(experts, 3, unit)
+    expected = EXPERTS.create(shape)(x, weights, ids, experts)
+    small = Tile(block_n=32, block_k=32, group=2, num_warps=4, num_stages=2)
+    out = TritonExperts(shape).run(x, weights, ids, experts, Tiles(block_m=16, gate_up=small, down=small))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_kernels_in_half_precision_with_the_default_tiles(device, dtype):
+    pytest.importorskip("triton")
+    from hornbeam.ops.moe.triton import BACKEND
+
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cannot multiply bfloat16 matrices")
+    experts = make_experts(4, 64, 96, dtype, device, bias=False)
+    ids = torch.tensor([[0, 2], [3, 2], [1, 0]], dtype=torch.int32, device=device)
+    x, weights = torch.randn(3, 64, device=device).to(dtype), torch.rand(3, 2, device=device)
+    shape = make_shape(experts, 2, GatedUnit())
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
+    expected = EXPERTS.create(shape)(x, weights, ids, experts)
+    torch.testing.assert_close(
+        BACKEND.create(shape)(x, weights, ids, experts), expected, atol=tolerance, rtol=tolerance
+    )
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 3), (7, 40), (900, 6)])
+def test_the_order_has_every_pair_once_under_its_expert(device, num_tokens, num_experts):
+    pytest.importorskip("triton")
+    from hornbeam.ops.moe.triton import order_by_expert
+
+    ids = torch.randint(-1, num_experts, (num_tokens, 3), device=device, dtype=torch.int32)
+    ids[ids == 2] = 1  # nobody takes expert 2
+    order, block_experts, num_rows = order_by_expert(ids, num_experts, 16)
+    used = int(num_rows)
+    assert used <= len(order)
+    pairs = order[:used]
+    experts = block_experts[: used // 16].repeat_interleave(16)
+    real = pairs < ids.numel()
+    assert ids.flatten()[pairs[real].long()].equal(experts[real])
+    assert sorted(pairs[real].tolist()) == (ids.flatten() >= 0).nonzero().flatten().tolist()
+    assert (pairs[~real] == ids.numel()).all()
+    assert (~real).sum() < 16 * num_experts
