@@ -121,7 +121,6 @@ _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
         "weights run in the number format of --dtype; GGUF files are dequantized",
         "dtype",
         {
-            "quantization": None,
             "kv_cache_dtype": "auto",
             "quantization_param_path": None,
             "enable_fp32_lm_head": False,

@@ -76,6 +76,13 @@ FLAGS: tuple[Flag, ...] = (
         choices=("auto", "float32", "bfloat16", "float16", "float", "half"),
         help="Of weights and activations. auto: float32 on CPUs, the checkpoint's own on GPUs.",
     ),
+    Flag(
+        name="quantization",
+        group="model",
+        default="unquant",
+        choices=("unquant", "w8a8_int8"),
+        help="Of products. w8a8_int8: of rounded integers (CPUs); `hornbeam bench fidelity` tells what that costs.",
+    ),
     Flag(name="context_length", group="model", type=int, help="Tokens of prompt and output together, at most."),
     Flag(
         name="skip_tokenizer_init",

@@ -66,7 +66,6 @@ def resolve_engine(
     """
     resolver = _Resolver((("flag", user), (f"family {family_name} prefers it", family_defaults)))
     pick, why = resolver.pick, f"suits {platform.device}"
-    dtype = pick("dtype", platform.dtype or model.dtype, why if platform.dtype else "the checkpoint's own")
     context_len = pick("context_length", model.context_len, "the model's own")
     if context_len > model.context_len:
         raise ConfigError(f"--context-length {context_len} exceeds the model's {model.context_len} positions")
@@ -77,7 +76,8 @@ def resolve_engine(
         model=ModelOptions(
             path=user.get("model_path"),
             load_format=pick("load_format", "auto", "by the files that are there"),
-            dtype=_DTYPES.get(dtype, dtype),
+            dtype=_dtype(resolver, model, platform),
+            quantization=pick("quantization"),
             context_len=context_len,
             seed=pick("random_seed"),
         ),
@@ -112,6 +112,12 @@ def resolve_engine(
     for name, reason in resolver.reasons.items():
         logger.info("%s = %s (%s)", name, reason.value, reason.why)
     return options
+
+
+def _dtype(resolver: _Resolver, model: ModelConfig, platform: PlatformFacts) -> str:
+    why = f"suits {platform.device}" if platform.dtype else "the checkpoint's own"
+    dtype: str = resolver.pick("dtype", platform.dtype or model.dtype, why)
+    return _DTYPES.get(dtype, dtype)
 
 
 def _executor_options(resolver: _Resolver, platform: PlatformFacts, max_running: int) -> ExecutorOptions:

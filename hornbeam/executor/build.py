@@ -13,16 +13,18 @@ from hornbeam.cache.sizes import PageShares
 from hornbeam.comm.grid import Grid
 from hornbeam.config.components import EngineOptions
 from hornbeam.core.cache_spec import CacheSpec
-from hornbeam.core.errors import FamilyUnavailable, HornbeamError
+from hornbeam.core.errors import ConfigError, FamilyUnavailable, HornbeamError
 from hornbeam.core.family import ModelConfig, ModelFamily
 from hornbeam.executor.executor import Executor
 from hornbeam.executor.runner import NUM_LANES, GroupAttention, Runner
 from hornbeam.executor.state import SlotState
 from hornbeam.layers.context import BuildContext
+from hornbeam.layers.linear import Linear, refresh_derived
 from hornbeam.ops.attention.contract import AttentionShape
 from hornbeam.ops.kernels import Kernels, choose_kernels
 from hornbeam.ops.query import OpQuery
 from hornbeam.platforms.contract import Platform
+from hornbeam.quant.contract import QUANTIZATIONS, Packing
 from hornbeam.sampling.sampler import Sampler
 from hornbeam.weights.checkpoint import Checkpoint
 from hornbeam.weights.load import draw_dummy, load_weights
@@ -50,12 +52,15 @@ def build_executor(
     config = dataclasses.replace(config, dtype=options.model.dtype)
     specs = family.cache_specs(config)
     wanted = options.executor
-    kernels = choose_kernels(
-        _query(config, specs, options, platform), wanted.decode_attention_backend, wanted.prefill_attention_backend
-    )
+    query = _query(config, specs, options, platform)
+    kernels = choose_kernels(query, wanted.decode_attention_backend, wanted.prefill_attention_backend)
+    name = options.model.quantization
+    packing = None if name == "unquant" else QUANTIZATIONS.choose(query, name).value.create(query)
     started = time.perf_counter()
     with platform.tagged("weights"):
-        model = platform.submit(lambda: _value(_load(family, config, checkpoint, options, kernels, platform))).result()
+        model = platform.submit(
+            lambda: _value(_load(family, config, checkpoint, options, kernels, packing, platform))
+        ).result()
     logger.info("weights are on %s after %.1f s", platform.facts().device, time.perf_counter() - started)
 
     num_slots, page_size = options.scheduler.max_running_requests, options.cache.page_size
@@ -131,6 +136,7 @@ def _load(
     checkpoint: Checkpoint,
     options: EngineOptions,
     kernels: Kernels,
+    packing: Packing | None,
     platform: Platform,
 ) -> Any:
     context = BuildContext(
@@ -139,6 +145,7 @@ def _load(
         dtype=getattr(torch, config.dtype),
         device=platform.device,
         context_len=options.model.context_len,
+        packing=packing,
     )
     load = getattr(family, "load", None)
     dummy = checkpoint.format == "dummy"
@@ -152,6 +159,9 @@ def _load(
         draw_dummy(model, options.model.seed)
     elif load is None:
         load_weights(model, checkpoint, family.weight_map(config), getattr(family, "unread", ()))
+    if packing is not None and not any(isinstance(module, Linear) for module in model.modules()):
+        raise ConfigError("the products of this model are not Hornbeam's, and cannot be rounded: drop --quantization")
+    refresh_derived(model)
     return model.eval()
 
 

@@ -36,6 +36,10 @@ class Executor:
         """Start a step. Steps run in the order of their launch; what goes wrong is raised by the result."""
         return self._platform.submit(lambda: self._step(plan))
 
+    def examine(self, plan: StepPlan) -> Tensor:
+        """Run a step that samples nothing; the logits [T, V] after every token of it, for those who compare models."""
+        return self._platform.submit(lambda: self._examine(plan)).result()
+
     def warm_up(self, num_tokens: int) -> None:
         """Run a prompt of `num_tokens`, then a decode step, on the padding slot: kernels get compiled, memory taken."""
         slot = self._state.num_slots
@@ -56,6 +60,13 @@ class Executor:
     def _capture(self, batch_sizes: tuple[int, ...]) -> Callable[[], DecodeGraphs]:
         graphs = DecodeGraphs(self._runner, self._platform, self._state, batch_sizes)
         return lambda: graphs
+
+    @torch.inference_mode()
+    def _examine(self, plan: StepPlan) -> Callable[[], Tensor]:
+        lane = plan.step_id % NUM_LANES
+        batch = self._state.apply(plan, len(plan.decode), lambda host: self._platform.upload(host, lane))
+        logits = self._runner.model.logits(self._runner.run(lane, plan, batch))
+        return lambda: logits
 
     @torch.inference_mode()
     def _step(self, plan: StepPlan) -> Callable[[], StepResult]:

@@ -6,6 +6,7 @@ import torch
 
 from hornbeam.comm.grid import Grid
 from hornbeam.ops.kernels import Kernels
+from hornbeam.quant.contract import Packing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,3 +18,4 @@ class BuildContext:
     dtype: torch.dtype
     device: torch.device
     context_len: int  # positions that may occur
+    packing: Packing | None = None  # how products keep their weights; None: as they are loaded

@@ -1,4 +1,8 @@
-"""Linear maps, the only layers with large weights: dense products, the embedding table and the head."""
+"""Linear maps, the only layers with large weights: dense products, the embedding table and the head.
+
+Weights are loaded into parameters. Where the machine computes with another encoding of them, `refresh_derived` makes
+it, and frees the parameter if nobody else reads it.
+"""
 
 from typing import Literal
 
@@ -8,6 +12,7 @@ from torch import Tensor, nn
 
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.forward import Forward
+from hornbeam.quant.contract import PackedWeight
 
 
 class Linear(nn.Module):
@@ -37,10 +42,20 @@ class Linear(nn.Module):
         self.weight = empty_parameter((rows, in_features), context)
         self.bias = empty_parameter((rows,), context) if bias else None
         self.product = context.kernels.linear
+        self._packing = context.packing
+        self._packed: PackedWeight | None = None
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, in_features] -> [T, sum(parts)]. `fwd` tells which adapters apply."""
+        if self._packed is not None:
+            return self._packed.linear(x, self.bias)
         return self.product.linear(x, self.weight, self.bias)
+
+    def refresh_derived(self) -> None:
+        """Encode the weight as the machine computes with it, and free it. Does nothing if it is freed already."""
+        if self._packing is not None and not self.weight.is_meta:
+            self._packed = self._packing.pack(self.weight)
+            self.weight = freed(self.weight)
 
 
 class Embedding(nn.Module):
@@ -64,11 +79,38 @@ class Head(nn.Module):
         if tied is None:
             self.weight = empty_parameter((vocab_size, hidden_size), context)
         self._product = context.kernels.linear
+        self._packing = context.packing
+        self._packed: PackedWeight | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[R, H] -> [R, V]."""
+        if self._packed is not None:
+            return self._packed.linear(hidden, None)
         (tied,) = self._tied
         return self._product.linear(hidden, self.weight if tied is None else tied.weight, None)
+
+    def refresh_derived(self) -> None:
+        """As `Linear` does; a table of embeddings is kept beside its encoding."""
+        if self._packing is None:
+            return
+        (tied,) = self._tied
+        if tied is not None:
+            self._packed = self._packing.pack(tied.weight, precise=True)
+        elif not self.weight.is_meta:
+            self._packed = self._packing.pack(self.weight, precise=True)
+            self.weight = freed(self.weight)
+
+
+def refresh_derived(model: nn.Module) -> None:
+    """Bring what `model` computes with up to date with its parameters, after they were loaded; safe to repeat."""
+    for module in model.modules():
+        if isinstance(module, Linear | Head):
+            module.refresh_derived()
+
+
+def freed(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter of the same shape without memory; to load it again, put an empty one in its place."""
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def empty_parameter(shape: tuple[int, ...], context: BuildContext, dtype: torch.dtype | None = None) -> nn.Parameter:

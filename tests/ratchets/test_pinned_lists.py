@@ -19,7 +19,7 @@ FLAG_NAMES = """
     disable_radix_cache dtype enable_metrics enable_priority_scheduling hf_chat_template_name host
     incremental_streaming_output json_model_override_args load_format log_level max_prefill_tokens max_queued_requests
     max_running_requests max_total_tokens mem_fraction_static model_impl model_path page_size port
-    prefill_attention_backend priority_scheduling_preemption_threshold radix_eviction_policy random_seed
+    prefill_attention_backend priority_scheduling_preemption_threshold quantization radix_eviction_policy random_seed
     record_schedule revision sampling_defaults schedule_conservativeness schedule_low_priority_values_first
     schedule_policy served_model_name skip_tokenizer_init stream_interval swa_full_tokens_ratio tokenizer_path
     trust_remote_code watchdog_timeout

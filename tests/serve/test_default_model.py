@@ -1,4 +1,4 @@
-"""The default model over HTTP, as a new user meets it: its tokens, logprobs and chat answers are the reference's."""
+"""The default model over HTTP, in float32: its tokens, logprobs and chat answers are the reference's."""
 
 import sys
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ TOLERANCE = 1e-4  # of logprobs; the reference was computed with other matrix sh
 def url(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server without --model-path; the fixture it asks for has fetched the model."""
     port = free_port()
-    command = [sys.executable, "-m", "hornbeam.launch_server", "--port", str(port)]
+    command = [sys.executable, "-m", "hornbeam.launch_server", "--port", str(port), "--dtype", "float32"]
     with live_server(command, port, tmp_path_factory.mktemp("default") / "log") as (_, url):
         yield url
 

@@ -40,3 +40,26 @@ class LinearProduct(Protocol):
 LINEAR: Registry[OpQuery, LinearProduct] = Registry(
     "linear", {"triton": "hornbeam.ops.linear.triton:BACKEND", "reference": "hornbeam.ops.linear.reference:BACKEND"}
 )
+
+
+class Int8Product(Protocol):
+    """Products of integers: weights have a scale per output, and each row of activations is rounded on the way.
+
+    A row becomes the sum of two of int8 with a scale each: round(127 x / max|x|), and the same of what that leaves.
+    Sums are exact, in int32. How a row is rounded depends on it alone, not on the rest of a batch.
+    """
+
+    def supports(self, query: OpQuery) -> str | None:
+        """None, or the reason why not."""
+
+    def linear(self, x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, K] float32, values [N, K] int8, scales [N] float32, bias [N] -> [T, N] float32."""
+
+
+INT8_LINEAR: Registry[OpQuery, Int8Product] = Registry(
+    "int8_linear",
+    {
+        "cpu": "hornbeam.ops.linear.int8_cpu:BACKEND",
+        "reference": "hornbeam.ops.linear.int8_reference:BACKEND",
+    },
+)
