@@ -27,6 +27,7 @@ ARCHITECTURES: dict[str, str] = {
     "Olmo2ForCausalLM": "llama",
     "InternLM2ForCausalLM": "llama",
     "SeedOssForCausalLM": "llama",
+    "GptOssForCausalLM": "gpt_oss",
     "MixtralForCausalLM": "mixtral",
     "Qwen2MoeForCausalLM": "qwen_moe",
     "Qwen3MoeForCausalLM": "qwen_moe",
@@ -43,6 +44,7 @@ FAMILIES: Registry[None, ModelFamily] = Registry(
     "models",
     {
         "gemma": "hornbeam.models.gemma.spec:FAMILY",
+        "gpt_oss": "hornbeam.models.gpt_oss.spec:FAMILY",
         "llama": "hornbeam.models.llama.spec:FAMILY",
         "mixtral": "hornbeam.models.mixtral.spec:FAMILY",
         "qwen_moe": "hornbeam.models.qwen_moe.spec:FAMILY",

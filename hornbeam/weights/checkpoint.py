@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from hornbeam.core.errors import ConfigError
 from hornbeam.weights.gguf import read_gguf, split_paths
 from hornbeam.weights.gguf_tensors import GgufTensors, hugging_face_config, special_ids
+from hornbeam.weights.mxfp4_tensors import Mxfp4Tensors
 from hornbeam.weights.safetensors_files import SafetensorsFiles, find_safetensors
 from hornbeam.weights.torch_files import find_torch_files
 
@@ -68,6 +69,9 @@ def _open_folder(folder: Path, load_format: str) -> Checkpoint:
     config = _read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     weights_format, source = _find_weights(folder, load_format)
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
+        source = Mxfp4Tensors(source)
     return Checkpoint(
         path=folder,
         format=weights_format,
