@@ -13,6 +13,7 @@ _COMMANDS = {  # name -> (where it is; what it does)
     "offline": ("hornbeam.bench.offline_run:main", "fixed workloads, or a data set, on an engine in this process"),
     "ablation": ("hornbeam.bench.ablation:main", "what each part of the design is worth, by switching it off"),
     "fidelity": ("hornbeam.bench.fidelity:main", "how far rounded arithmetic is from float32"),
+    "kernels": ("hornbeam.bench.kernels:main", "each kernel against its reference and against the machine's limit"),
     "simulate": ("hornbeam.bench.scheduling:simulate", "the scheduler's policies on a pretended GPU"),
     "replay": ("hornbeam.bench.scheduling:replay", "whether the scheduler plans what it planned before"),
     "load": ("hornbeam.bench.loading:main", "how fast weights are loaded, and with how much memory"),

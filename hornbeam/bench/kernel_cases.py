@@ -1,0 +1,286 @@
+"""What `bench kernels` runs of each op: inputs of a model's shape, the call, its reference, and the work it means.
+
+Bytes count each input and output once; operations are those of products alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hornbeam.core.plan import SharedPrefix
+from hornbeam.core.registry import Registry
+from hornbeam.ops.activation.contract import ACTIVATION, Activation
+from hornbeam.ops.activation.reference import ReferenceActivation
+from hornbeam.ops.attention.contract import (
+    DECODE_ATTENTION,
+    PREFILL_ATTENTION,
+    AttentionBackend,
+    AttentionShape,
+    Rows,
+)
+from hornbeam.ops.attention.reference import ReferenceAttention
+from hornbeam.ops.linear.contract import LINEAR, InputNorm, LinearProduct
+from hornbeam.ops.linear.reference import ReferenceLinear
+from hornbeam.ops.norm.contract import NORM, Norm
+from hornbeam.ops.norm.reference import ReferenceNorm
+from hornbeam.ops.qkv.contract import QKV, HeadNorms, Qkv, Rotation
+from hornbeam.ops.qkv.reference import ReferenceQkv
+from hornbeam.ops.query import OpQuery
+from hornbeam.ops.rope.frequencies import rope_table
+from hornbeam.ops.sample.contract import SAMPLE, Sample
+from hornbeam.ops.sample.reference import ReferenceSample
+
+_PAGE_SIZE = 16
+_CONTEXT = 1024  # tokens that each decode row attends to
+_PROMPT = 512  # tokens of each prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One call."""
+
+    shape: str
+    run: Callable[[], object]  # what is timed
+    expected: Callable[[], Tensor]  # the reference's result
+    actual: Callable[[], Tensor] | None = None  # the backend's; None: what `run` returns
+    num_bytes: int
+    num_flops: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What of a model the shapes of its kernels follow from."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    def query(self, device: str, dtype: str) -> OpQuery:
+        """What backends are asked."""
+        return OpQuery(
+            device=device,
+            dtype=dtype,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            page_size=_PAGE_SIZE,
+        )
+
+
+MakeCases = Callable[[Any, ModelShape, int, torch.device, torch.dtype], Iterator[Case]]
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _linear(
+    backend: LinearProduct, shape: ModelShape, num_rows: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Case]:
+    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    sizes = {
+        "qkv": (heads, shape.hidden_size),
+        "output": (shape.hidden_size, shape.num_heads * shape.head_dim),
+        "gate_up": (2 * shape.intermediate_size, shape.hidden_size),
+        "down": (shape.hidden_size, shape.intermediate_size),
+        "head": (shape.vocab_size, shape.hidden_size),
+    }
+    for name, (num_out, num_in) in sizes.items():
+        weight = (torch.randn(num_out, num_in, device=device) * num_in**-0.5).to(dtype)
+        x = torch.randn(num_rows, num_in, device=device).to(dtype)
+        num_bytes, num_flops = _bytes(weight, x) + num_rows * num_out * dtype.itemsize, 2 * num_rows * num_out * num_in
+        yield Case(
+            shape=f"{name} {num_rows}x{num_in}->{num_out}",
+            run=partial(backend.linear, x, weight, None),
+            expected=partial(ReferenceLinear().linear, x, weight, None),
+            num_bytes=num_bytes,
+            num_flops=num_flops,
+        )
+        if num_rows <= backend.fused_rows and name in ("qkv", "gate_up"):
+            norm, gated = InputNorm(weight=torch.ones_like(x[0]), eps=1e-5), name == "gate_up"
+            arguments = (x, torch.zeros_like(x), norm, weight, None)
+            yield Case(
+                shape=f"norm, {name} {num_rows}x{num_in}->{num_out}",
+                run=partial(backend.normed, *arguments, gated=gated),
+                actual=partial(_first, partial(backend.normed, *arguments, gated=gated)),
+                expected=partial(_first, partial(ReferenceLinear().normed, *arguments, gated=gated)),
+                num_bytes=num_bytes,
+                num_flops=num_flops,
+            )
+
+
+def _first(call: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+    return call()[0]
+
+
+def _norm(backend: Norm, shape: ModelShape, num_rows: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    x, residual = (torch.randn(num_rows, shape.hidden_size, device=device).to(dtype) for _ in "xr")
+    weight = torch.rand(shape.hidden_size, device=device).to(dtype)
+    yield Case(
+        shape=f"add {num_rows}x{shape.hidden_size}",
+        run=lambda: backend.add_rms_norm(x, residual, weight, 1e-5),
+        expected=lambda: ReferenceNorm().add_rms_norm(x, residual.clone(), weight, 1e-5),
+        num_bytes=4 * _bytes(x),
+    )
+
+
+def _activation(
+    backend: Activation, shape: ModelShape, num_rows: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Case]:
+    x = torch.randn(num_rows, 2 * shape.intermediate_size, device=device).to(dtype)
+    yield Case(
+        shape=f"silu {num_rows}x{shape.intermediate_size}",
+        run=lambda: backend.silu_mul(x),
+        expected=lambda: ReferenceActivation().silu_mul(x),
+        num_bytes=_bytes(x) * 3 // 2,
+    )
+
+
+def _qkv(backend: Qkv, shape: ModelShape, num_rows: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    parts = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    fused = torch.randn(num_rows, sum(parts), shape.head_dim, device=device).to(dtype)
+    rows = torch.randperm(num_rows, device=device)
+    rotation = Rotation(table=rope_table(shape.head_dim, 1e4, None, num_rows).to(device), positions=rows)
+    weight = torch.ones(shape.head_dim, dtype=dtype, device=device)
+    norms = HeadNorms(query=weight, key=weight, eps=1e-6)
+    num_pages = -(-num_rows // _PAGE_SIZE)
+    size = (num_pages, _PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
+    pages = torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
+
+    q, k, v = fused.clone().split(parts, 1)
+
+    def stored(backend: Qkv) -> Tensor:
+        """Queries, and what the cache holds of the rows' keys and values."""
+        q, k, v = fused.clone().split(parts, 1)
+        backend.store(q, k, v, norms, rotation, *pages, rows)
+        return torch.cat((q, *(page.flatten(0, 1)[rows] for page in pages)), 1)
+
+    yield Case(
+        shape=f"norm, rotate {num_rows}x{sum(parts)}x{shape.head_dim}",
+        run=lambda: backend.store(q, k, v, norms, rotation, *pages, rows),
+        actual=lambda: stored(backend),
+        expected=lambda: stored(ReferenceQkv()),
+        num_bytes=2 * _bytes(fused),
+    )
+
+
+def _sample(
+    backend: Sample, shape: ModelShape, num_rows: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Case]:
+    logits = torch.randn(num_rows, shape.vocab_size, device=device).to(dtype)
+    temperatures = torch.full((num_rows,), 0.8, device=device)
+    seeds = torch.arange(num_rows, device=device)
+    arguments = (logits, temperatures, seeds, seeds + 7)
+    yield Case(
+        shape=f"temperature {num_rows}x{shape.vocab_size}",
+        run=lambda: backend.sample(*arguments),
+        expected=lambda: ReferenceSample().sample(*arguments),
+        num_bytes=_bytes(logits),
+    )
+    filters = (torch.full_like(seeds, 50), torch.full_like(temperatures, 0.9), torch.zeros_like(temperatures))
+    yield Case(
+        shape=f"top-k, top-p {num_rows}x{shape.vocab_size}",
+        run=lambda: backend.thresholds(logits, temperatures, *filters),
+        expected=lambda: ReferenceSample().thresholds(logits, temperatures, *filters),
+        num_bytes=_bytes(logits),
+    )
+
+
+def _rows(shape: ModelShape, lens: list[int], query_lens: list[int], device: torch.device, num_shared: int) -> Rows:
+    """Rows with pages of their own, but for the first `num_shared` tokens, which all have from the first row."""
+    max_pages = -(-max(lens) // _PAGE_SIZE)
+    tables = torch.arange(1, len(lens) * max_pages + 1, dtype=torch.int32).view(len(lens), max_pages)
+    tables[:, : num_shared // _PAGE_SIZE] = tables[0, : num_shared // _PAGE_SIZE]
+    shared = (SharedPrefix(rows=tuple(range(len(lens))), num_tokens=num_shared),) if num_shared else None
+    return Rows(
+        page_tables=torch.cat((tables, torch.zeros_like(tables[:1]))).to(device),
+        slots=torch.arange(len(lens), device=device),
+        lens=torch.tensor(lens, dtype=torch.int32, device=device),
+        len_bounds=lens,
+        query_lens=query_lens,
+        shared=shared,
+        captured=device.type == "cuda" and max(query_lens) == 1,
+    )
+
+
+def _attention(
+    backend: AttentionBackend,
+    shape: ModelShape,
+    rows: Rows,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str,
+    num_read: int,
+) -> Case:
+    settings = AttentionShape(
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        page_size=_PAGE_SIZE,
+        max_pages=rows.page_tables.shape[1],
+        scale=shape.head_dim**-0.5,
+        dtype=dtype,
+        device=device,
+    )
+    size = (rows.page_tables.numel() + 1, _PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
+    k_pages, v_pages = (torch.randn(size, device=device).to(dtype) for _ in "kv")
+    q = torch.randn(sum(rows.query_lens), shape.num_heads, shape.head_dim, device=device).to(dtype)
+    attention = backend.create(settings, len(rows.query_lens))
+    decodes = max(rows.query_lens) == 1
+    attend = (attention.plan_decode if decodes else attention.plan_prefill)(rows)
+    plain = Rows(
+        page_tables=rows.page_tables,
+        slots=rows.slots,
+        lens=rows.lens,
+        len_bounds=rows.len_bounds,
+        query_lens=rows.query_lens,
+    )
+    pairs = sum(
+        num * length - num * (num - 1) // 2 for num, length in zip(rows.query_lens, rows.len_bounds, strict=True)
+    )
+    return Case(
+        shape=name,
+        run=lambda: attend(q, k_pages, v_pages),
+        expected=lambda: ReferenceAttention(settings).plan_prefill(plain)(q, k_pages, v_pages),
+        num_bytes=2 * _bytes(q) + 2 * num_read * shape.num_kv_heads * shape.head_dim * dtype.itemsize,
+        num_flops=4 * pairs * shape.num_heads * shape.head_dim,
+    )
+
+
+def _decode_attention(
+    backend: AttentionBackend, shape: ModelShape, num_rows: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Case]:
+    lens = [_CONTEXT] * num_rows
+    rows, name = _rows(shape, lens, [1] * num_rows, device, 0), f"{num_rows} rows of {_CONTEXT}"
+    yield _attention(backend, shape, rows, device, dtype, name, sum(lens))
+    if backend.least_shared is not None and num_rows > 1:
+        num_shared = _CONTEXT // 2 // _PAGE_SIZE * _PAGE_SIZE
+        rows, num_read = _rows(shape, lens, [1] * num_rows, device, num_shared), sum(lens) - (num_rows - 1) * num_shared
+        yield _attention(backend, shape, rows, device, dtype, f"{name}, {num_shared} shared", num_read)
+
+
+def _prefill_attention(
+    backend: AttentionBackend, shape: ModelShape, num_rows: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Case]:
+    num_prompts = -(-num_rows // 16)
+    lens = [_PROMPT] * num_prompts
+    rows, name = _rows(shape, lens, lens, device, 0), f"{num_prompts} prompts of {_PROMPT}"
+    yield _attention(backend, shape, rows, device, dtype, name, sum(lens))
+
+
+CASES: Mapping[str, tuple[Registry[OpQuery, Any], MakeCases]] = {
+    "linear": (LINEAR, _linear),
+    "norm": (NORM, _norm),
+    "activation": (ACTIVATION, _activation),
+    "qkv": (QKV, _qkv),
+    "decode_attention": (DECODE_ATTENTION, _decode_attention),
+    "prefill_attention": (PREFILL_ATTENTION, _prefill_attention),
+    "sample": (SAMPLE, _sample),
+}
