@@ -3,6 +3,7 @@
 Bytes count each input and output once; operations are those of products alone.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,7 @@ class Case:
     actual: Callable[[], Tensor] | None = None  # the backend's; None: what `run` returns
     num_bytes: int
     num_flops: int = 0
+    captures: bool = True  # into a graph, so that no time of the host's is in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +208,6 @@ def _rows(shape: ModelShape, lens: list[int], query_lens: list[int], device: tor
         len_bounds=lens,
         query_lens=query_lens,
         shared=shared,
-        captured=device.type == "cuda" and max(query_lens) == 1,
     )
 
 
@@ -233,15 +234,12 @@ def _attention(
     k_pages, v_pages = (torch.randn(size, device=device).to(dtype) for _ in "kv")
     q = torch.randn(sum(rows.query_lens), shape.num_heads, shape.head_dim, device=device).to(dtype)
     attention = backend.create(settings, len(rows.query_lens))
-    decodes = max(rows.query_lens) == 1
-    attend = (attention.plan_decode if decodes else attention.plan_prefill)(rows)
-    plain = Rows(
-        page_tables=rows.page_tables,
-        slots=rows.slots,
-        lens=rows.lens,
-        len_bounds=rows.len_bounds,
-        query_lens=rows.query_lens,
-    )
+    captures = backend.captures and max(rows.query_lens) == 1
+    if captures:
+        attend = attention.plan_decode(dataclasses.replace(rows, captured=True))
+    else:
+        attend = attention.plan_prefill(rows)
+    plain = dataclasses.replace(rows, shared=None)
     pairs = sum(
         num * length - num * (num - 1) // 2 for num, length in zip(rows.query_lens, rows.len_bounds, strict=True)
     )
@@ -251,6 +249,7 @@ def _attention(
         expected=lambda: ReferenceAttention(settings).plan_prefill(plain)(q, k_pages, v_pages),
         num_bytes=2 * _bytes(q) + 2 * num_read * shape.num_kv_heads * shape.head_dim * dtype.itemsize,
         num_flops=4 * pairs * shape.num_heads * shape.head_dim,
+        captures=captures,
     )
 
 

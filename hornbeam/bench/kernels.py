@@ -1,6 +1,6 @@
 """Every backend of every op over a grid of shapes: is it right, how long does it take, how far is that from the limit.
 
-A limit is the larger of the bytes that must move and of the operations, at the rates that a copy and a square product
+A limit is the larger of the bytes that must move and of the operations, at the rates that a read and a square product
 reach on this machine. Right is what agrees with the op's reference in float32, as far as the format allows.
 """
 
@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 _ROW = "{:<20} {:<10} {:<30} {:>11} {:>9} {:>9} {:>7} {:>8}"
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}  # of the largest value
+_NUM_RUNS = 15
 _FLUSH_BYTES = 256 * 2**20  # moved before each run, so that a GPU's cache holds nothing of the last one
 
 
@@ -151,27 +152,30 @@ def _measure(case: Case, device: torch.device) -> tuple[float, float]:
     actual = case.actual() if case.actual is not None else case.run()
     assert isinstance(actual, Tensor)
     error = ((actual.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
-    return median_seconds(case.run, device), error
+    return median_seconds(case.run, device, captures=case.captures), error
 
 
-def median_seconds(run: Callable[[], object], device: torch.device, num_runs: int = 15) -> float:
+def median_seconds(run: Callable[[], object], device: torch.device, *, captures: bool = True) -> float:
     """Of a run alone, by the device's own clock where it has one; what a GPU's cache held is gone before each."""
     if device.type != "cuda":
-        return _median([_host_seconds(run) for _ in range(num_runs)])
+        return _median([_host_seconds(run) for _ in range(_NUM_RUNS)])
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
     for _ in range(2):
         run()
-    graph = torch.cuda.CUDAGraph()  # what a step replays, and no time of the host's is in it
-    graph.capture_begin()
-    try:
-        run()
-    finally:
-        graph.capture_end()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(num_runs)]
+    if captures:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        try:
+            run()
+        finally:
+            graph.capture_end()
+        run = graph.replay
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_NUM_RUNS)]
     for begin, end in events:
         flush.zero_()
+        flush.sum()  # what was just written is no longer on its way
         begin.record()
-        graph.replay()
+        run()
         end.record()
     torch.cuda.synchronize(device)
     return _median([begin.elapsed_time(end) / 1000 for begin, end in events])
@@ -190,9 +194,8 @@ def _median(values: list[float]) -> float:
 @torch.inference_mode()
 def _rates(device: torch.device, dtype: torch.dtype) -> Rates:
     num_bytes, side = (2**30, 8192) if device.type == "cuda" else (2**28, 1024)
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    source = torch.ones(num_bytes // 4, device=device)
     square: Tensor = torch.randn(side, side, device=device).to(dtype)
-    copy = median_seconds(lambda: target.copy_(source), device)
+    read = median_seconds(source.amax, device)
     product = median_seconds(lambda: square @ square, device)
-    return Rates(bandwidth=2 * num_bytes / copy, products=2 * side**3 / product)
+    return Rates(bandwidth=num_bytes / read, products=2 * side**3 / product)

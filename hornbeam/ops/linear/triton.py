@@ -18,7 +18,7 @@ from hornbeam.ops.linear.contract import InputNorm
 from hornbeam.ops.query import OpQuery
 
 _MAX_ROWS = 16  # what a matrix unit takes at once
-_LARGEST_FOR_ROWS = 64 * 2**20  # weights; from there on the library is as fast for several rows
+_LARGEST_FOR_ROWS = 16 * 2**20  # weights; beyond, the library is as fast for several rows
 
 
 @triton.jit
