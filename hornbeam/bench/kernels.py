@@ -65,7 +65,9 @@ class KernelMeasurement:
 def main(argv: Sequence[str]) -> int:
     """`hornbeam bench kernels`; 1 if a backend is wrong."""
     parser = argparse.ArgumentParser(prog="hornbeam bench kernels", description=__doc__)
-    parser.add_argument("--model-path", type=Path, required=True, help="A folder with config.json: only its sizes count.")
+    parser.add_argument(
+        "--model-path", type=Path, required=True, help="A folder with config.json: only its sizes count."
+    )
     parser.add_argument("--dtype", choices=_TOLERANCES, help="Default: bfloat16 on a GPU, float32 on a CPU.")
     parser.add_argument("--op", nargs="+", choices=CASES, default=list(CASES), metavar="OP", help=", ".join(CASES))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64, 256], help="Tokens of a step.")

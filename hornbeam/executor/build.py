@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +59,7 @@ def build_executor(
     name = options.model.quantization
     packing = None if name == "unquant" else QUANTIZATIONS.choose(query, name).value.create(query)
     started = time.perf_counter()
-    with platform.tagged("weights"):
+    with _told(platform, "the weights", "use a smaller model or more memory"), platform.tagged("weights"):
         model = platform.submit(
             lambda: _value(_load(family, config, checkpoint, options, kernels, packing, platform))
         ).result()
@@ -75,17 +77,32 @@ def build_executor(
     executor = Executor(runner=runner, platform=platform, state=state, sampler=sampler)
 
     # One page is enough to run the largest step on; its activations then stay in the allocator, so free means free.
-    executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device))
-    executor.warm_up(min(options.scheduler.chunked_prefill_size, options.model.context_len))
+    with _told(platform, "the largest step", "lower --chunked-prefill-size or --max-running-requests"):
+        executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device))
+        executor.warm_up(min(options.scheduler.chunked_prefill_size, options.model.context_len))
     num_pages = _num_pages(specs, options, platform)
-    with platform.tagged("kv"):
+    with _told(platform, "the key-value cache", "lower --mem-fraction-static"), platform.tagged("kv"):
         executor.use_pool(CachePool(specs, num_pages, page_size, platform.device))
     captures = kernels.decode_attention.captures and kernels.single_attention.captures
     captures = captures and (kernels.experts is None or kernels.experts.captures)
     if options.executor.graph_batch_sizes and captures:
-        with platform.tagged("graphs"):
+        advice = "lower --mem-fraction-static or --cuda-graph-max-bs, or set --disable-cuda-graph"
+        with _told(platform, "the decode graphs", advice), platform.tagged("graphs"):
             executor.capture(options.executor.graph_batch_sizes)
     return BuiltExecutor(executor=executor, specs=specs, num_pages=num_pages)
+
+
+@contextmanager
+def _told(platform: Platform, what: str, advice: str) -> Iterator[None]:
+    """Out of memory is the user's to solve: with the numbers, and the flags that help."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = platform.free_memory()
+        raise ConfigError(
+            f"{platform.facts().device} has no memory left for {what}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB "
+            f"are free; {advice}, or end what else uses the device ({str(error).partition('.')[0]})"
+        ) from error
 
 
 def _value(value: Any) -> Any:

@@ -1,0 +1,21 @@
+"""Start-up: what the device cannot hold is the user's to solve, with the numbers."""
+
+import pytest
+import torch
+
+from hornbeam.core.errors import ConfigError
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.mark.parametrize(("broken", "what"), [("_load", "the weights"), ("Executor.warm_up", "the largest step")])
+def test_no_memory_left(tiny_checkpoint, monkeypatch, broken, what):
+    from hornbeam import Engine
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(f"hornbeam.executor.build.{broken}", fail)
+    flags = {"model_path": str(tiny_checkpoint), "skip_tokenizer_init": True, "device": "cpu"}
+    with pytest.raises(ConfigError, match=rf"no memory left for {what}: .* GiB are free; .*CUDA out of memory"):
+        Engine(**flags)
