@@ -16,6 +16,7 @@ _COMMANDS = {  # name -> (where it is: imported by name, as some stand above thi
     "serve": ("hornbeam.serve.cli:serve", "run an HTTP server"),
     "chat": ("hornbeam.serve.chat:main", "talk to a server, or to a model"),
     "bench": ("hornbeam.bench.cli:main", "measure speed"),
+    "tune": ("hornbeam.bench.tune:main", "search the fastest settings of kernels"),
     "check-env": ("hornbeam.check_env:main", "tell versions, devices and usable backends"),
 }
 _MULTIPLES = {"k": 1000, "m": 1_000_000, "K": 1024, "M": 1024 * 1024}

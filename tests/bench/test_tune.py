@@ -1,0 +1,25 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from hornbeam.ops.moe.tiles import Tiles, TileTable, _read, default_tiles, write_table
+
+pytestmark = pytest.mark.cpu
+CONFIGS = Path(__file__).parents[2] / "hornbeam/bench/configs"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this would search")
+@pytest.mark.parametrize(("model", "reason"), [("qwen3-30b-a3b", "CUDA device"), ("llama-3.1-8b", "dense model")])
+def test_what_cannot_be_tuned_is_told(model: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from hornbeam.bench.tune import main
+
+    assert main(["moe", "--model-path", str(CONFIGS / model)]) == 1
+    assert reason in capsys.readouterr().err
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    entries: dict[int, Tiles] = {4: default_tiles(1), 64: default_tiles(100)}
+    write_table(tmp_path / "table.json", entries)
+    table = TileTable(_read(tmp_path / "table.json"), num_experts=8, top_k=2)
+    assert [table.of(n) for n in (1, 4, 5, 64, 1000)] == [entries[n] for n in (4, 4, 64, 64, 64)]
