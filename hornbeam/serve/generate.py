@@ -26,6 +26,7 @@ class GenerateCall:
     batched: bool
     stream: bool
     text_in_logprobs: bool
+    returns_prompt_ids: bool
 
 
 def parse_generate(body: Any, default_interval: int) -> GenerateCall:
@@ -74,6 +75,7 @@ def parse_generate(body: Any, default_interval: int) -> GenerateCall:
         batched=batched or num > 1,
         stream=stream,
         text_in_logprobs=fields.get("return_text_in_logprobs", False),
+        returns_prompt_ids=fields.get("return_prompt_token_ids", False),
     )
 
 
@@ -176,6 +178,7 @@ class _Answer:
         self, entry: InFlight, index: int, call: GenerateCall, incremental: bool, tokenizer: Tokenizer | None
     ) -> None:
         self._rid = entry.rid
+        self._prompt_ids = list(entry.prompt_ids) if call.returns_prompt_ids else None
         self._index = index
         self._call = call
         self._incremental = incremental
@@ -212,6 +215,8 @@ class _Answer:
             meta["e2e_latency"] = time.monotonic() - self._started
         chunk: dict[str, Any] = {} if self._tokenizer is None else {"text": self._text}
         chunk |= {"output_ids": list(self._ids), "meta_info": meta}
+        if self._prompt_ids is not None:
+            chunk["prompt_token_ids"] = self._prompt_ids
         if self._call.batched and self._call.stream:
             chunk["index"] = self._index
         return chunk

@@ -73,9 +73,10 @@ CHAT_COMPLETION = record(
     usage=_USAGE,
 )
 _GENERATED = record(
-    ("text",),
+    ("text", "prompt_token_ids"),
     text=STRING,
     output_ids=array(INTEGER),
+    prompt_token_ids=array(INTEGER),
     meta_info=record(
         id=STRING,
         finish_reason=nullable(record(type=STRING)),

@@ -41,6 +41,11 @@ def test_one_prompt(server):
     }
 
 
+def test_the_prompt_s_ids(server):
+    answers = generate(server, text=["ab", "c"], return_prompt_token_ids=True).json()
+    assert [answer["prompt_token_ids"] for answer in answers] == [[97, 98], [99]]
+
+
 def test_put_and_input_ids(server):
     response = server.http.put("/generate", json={"input_ids": [97], "sampling_params": {"max_new_tokens": 1}})
     assert response.json()["text"] == "b"
