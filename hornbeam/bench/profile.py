@@ -73,6 +73,7 @@ class ProfiledEngine(Engine):
     @contextmanager
     def watched(self) -> Iterator[Split]:
         """The split of what runs inside; complete at the end."""
+        self._probe.steps.join()  # what ran before does not count
         split = self._probe.split = Split()
         started = time.perf_counter()
         yield split

@@ -173,7 +173,7 @@ def test_a_failure_to_build_is_one_line(model_path):
         timeout=20,
     )
     assert done.returncode == 1
-    assert "hornbeam: error: --page-size is no good" in done.stderr
+    assert "hornbeam serve: error: --page-size is no good" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -24,9 +24,12 @@ def _gated_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU:
     gate = tl.load(x_ptr + row * 2 * SIZE + columns, mask=inside, other=0.0)
     up = tl.load(x_ptr + row * 2 * SIZE + SIZE + columns, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
-    # gelu(x) is about x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), and (1 + tanh(z)) / 2 is sigmoid(2 z)
+    # gelu(x) is about x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), and (1 + tanh(z)) / 2 is sigmoid(2 z).
     sharp = 1.5957691216057308 * (wide + 0.044715 * wide * wide * wide) if GELU else wide
-    active = (wide * tl.sigmoid(sharp)).to(gate.dtype)
+    # The exponential is taken of what is negative: it never overflows.
+    small = tl.exp(-tl.abs(sharp))
+    share = tl.where(sharp >= 0, 1.0, small) / (1.0 + small)
+    active = (wide * share).to(gate.dtype)
     out = active.to(tl.float32) * up.to(tl.float32)
     tl.store(out_ptr + row * SIZE + columns, out.to(gate.dtype), mask=inside)
 
