@@ -30,7 +30,7 @@ def save_checkpoint(folder: Path, model_type: str, settings: dict[str, Any]) -> 
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | settings))
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith(("bias", "norm.weight", "sinks", "correction_bias")):
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
     model.save_pretrained(folder)

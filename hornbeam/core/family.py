@@ -35,6 +35,8 @@ class ModelConfig:
     attention_scale: float | None = None  # of the products of queries and keys; None: head_dim ** -0.5
     attention_soft_cap: float | None = None  # c: scores x become c * tanh(x / c)
     attention_sinks: bool = False  # each layer has a score per head that takes its part of the softmax, for no key
+    value_dim: int | None = None  # values are the first features of the cached keys (latent attention); None: they
+    # are cached beside them
     mixture: MixtureShape | None = None  # None: the model is dense
 
 
@@ -61,9 +63,9 @@ class Placement:
 class ModelFamily(Protocol):
     """One folder under `models/`; `FAMILY` in its `spec` module. `models/index.py` lists its architectures.
 
-    Optional attributes, asked for by name where they matter: `step_state`, `chat_format`, `media`; `unread`, beginnings
-    of the names of tensors that belong to parts of a model which the family leaves out; and
-    `load(config, context, checkpoint)`, the model with its weights, of a family whose models load themselves.
+    Optional attributes, asked for by name where they matter: `step_state`, `chat_format`, `media`;
+    `unread(config)`, beginnings of the names of tensors that belong to parts of a model which the family leaves out;
+    and `load(config, context, checkpoint)`, the model with its weights, of a family whose models load themselves.
     """
 
     name: str

@@ -120,6 +120,7 @@ def _query(config: ModelConfig, specs: tuple[CacheSpec, ...], options: EngineOpt
         window=next((spec.window for spec in specs if spec.window is not None), None),
         soft_cap=config.attention_soft_cap,
         sinks=config.attention_sinks,
+        value_dim=config.value_dim,
         hidden_size=config.hidden_size,
         mixture=config.mixture,
     )
@@ -175,11 +176,16 @@ def _load(
     if dummy:
         draw_dummy(model, options.model.seed)
     elif load is None:
-        load_weights(model, checkpoint, family.weight_map(config), getattr(family, "unread", ()))
+        load_weights(model, checkpoint, family.weight_map(config), _unread(family, config))
     if packing is not None and not any(isinstance(module, Linear) for module in model.modules()):
         raise ConfigError("the products of this model are not Hornbeam's, and cannot be rounded: drop --quantization")
     refresh_derived(model)
     return model.eval()
+
+
+def _unread(family: ModelFamily, config: ModelConfig) -> tuple[str, ...]:
+    unread = getattr(family, "unread", None)
+    return () if unread is None else tuple(unread(config))
 
 
 def _num_pages(specs: tuple[CacheSpec, ...], options: EngineOptions, platform: Platform) -> tuple[int, ...]:

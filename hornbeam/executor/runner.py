@@ -59,7 +59,7 @@ class Runner:
     def use_pool(self, pool: CachePool) -> None:
         """Read and write the tensors of `pool` from now on."""
         layers = (pool.layer(layer) for layer in range(self._num_layers))
-        self._caches = tuple(LayerCache(group=group, k=k, v=v) for group, (k, v) in layers)
+        self._caches = tuple(LayerCache(group=group, tensors=tensors) for group, tensors in layers)
 
     @property
     def shares(self) -> bool:

@@ -67,15 +67,30 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The same with the heads apart: q [T, Hq, D], k and v [T, Hk, D] -> [T, Hq, D]."""
         cache = fwd.caches[self._layer]
-        group = fwd.groups[cache.group]
-        self._qkv.store(q, k, v, norms, rotation, cache.k, cache.v, group.rows)
-        n = fwd.num_decode
-        outputs = []
-        if group.decode is not None:
-            outputs.append(group.decode(q[:n], cache.k, cache.v, sinks))
-        if group.prefill is not None:
-            outputs.append(group.prefill(q[n:], cache.k, cache.v, sinks, (k[n:], v[n:])))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        k_pages, v_pages = cache.tensors
+        self._qkv.store(q, k, v, norms, rotation, k_pages, v_pages, fwd.groups[cache.group].rows)
+        return attend_step(fwd, cache.group, q, (k, v), (k_pages, v_pages), sinks)
+
+
+def attend_step(
+    fwd: Forward,
+    group: int,
+    q: Tensor,
+    fresh: tuple[Tensor, Tensor],
+    pages: tuple[Tensor, Tensor],
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of all tokens of a step, those that decode and those of chunks: q [T, Hq, D] -> [T, Hq, Dv].
+
+    fresh: keys and values of the tokens themselves [T, Hk, D]; pages: those of the cache, see `Attend`.
+    """
+    n, (k, v) = fwd.num_decode, fresh
+    step, outputs = fwd.groups[group], []
+    if step.decode is not None:
+        outputs.append(step.decode(q[:n], *pages, sinks))
+    if step.prefill is not None:
+        outputs.append(step.prefill(q[n:], *pages, sinks, (k[n:], v[n:])))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 class DecoderAttention(nn.Module):

@@ -9,6 +9,7 @@ from hornbeam.layers.context import BuildContext
 from hornbeam.layers.decoder_config import DecoderConfig
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.linear import Embedding, Head
+from hornbeam.layers.mla import LatentAttention
 from hornbeam.layers.mlp import GatedMLP
 from hornbeam.layers.norm import RMSNorm, normed_linear
 from hornbeam.ops.rope.frequencies import rope_table
@@ -17,11 +18,21 @@ from hornbeam.ops.rope.frequencies import rope_table
 class DecoderBlock(nn.Module):
     """One layer, pre-norm. `residual` is the running sum; each half adds its input to it, then returns its output."""
 
-    def __init__(self, config: DecoderConfig, layer: int, mlp: nn.Module, context: BuildContext) -> None:
-        """Take as `mlp` what stands behind attention: called with x [T, H] and the step."""
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layer: int,
+        mlp: nn.Module,
+        context: BuildContext,
+        attention: DecoderAttention | LatentAttention | None = None,
+    ) -> None:
+        """Take as `mlp` what stands behind attention: called with x [T, H] and the step.
+
+        attention: None for what `config` describes.
+        """
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
-        self.attention = DecoderAttention(config, layer, context)
+        self.attention = attention or DecoderAttention(config, layer, context)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
         self.mlp = mlp
 

@@ -26,6 +26,21 @@ _MLP = {"gate_proj": ("gate_up", 0), "up_proj": ("gate_up", 1), "down_proj": ("d
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentShape:
+    """Sizes of latent attention. A head's query has nope_dim features without positions, then rope_dim rotated ones."""
+
+    hidden_size: int
+    num_heads: int
+    query_rank: int | None  # features of the queries' latent; None: queries are projected at once
+    rank: int  # features of the keys' and values' latent
+    nope_dim: int
+    rope_dim: int
+    value_dim: int  # of a head
+    eps: float  # of the norms of latents
+    bias: bool  # of the projections from and to hidden rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig(ModelConfig):
     """Sizes and switches of blocks of attention and something behind it."""
 
@@ -72,19 +87,27 @@ def read_decoder(read: ConfigReader) -> dict[str, Any]:
     }
 
 
-def decoder_weights(config: DecoderConfig) -> dict[str, Placement]:
-    """All but what stands behind attention."""
+def frame_weights(config: DecoderConfig) -> dict[str, Placement]:
+    """All but attention and what stands behind it: embedding, head, norms of hidden rows."""
     places = {
         "model.embed_tokens.weight": Placement(parameter="embed.weight"),
         "model.norm.weight": Placement(parameter="norm.weight"),
     }
     if not config.tie_word_embeddings:
         places["lm_head.weight"] = Placement(parameter="head.weight")
-    norms = _NORMS | (_QUERY_KEY_NORMS if config.qk_norm != "none" else {})
+    for layer in range(config.num_layers):
+        for source, target in _NORMS.items():
+            places[f"model.layers.{layer}.{source}.weight"] = Placement(parameter=f"layers.{layer}.{target}.weight")
+    return places
+
+
+def decoder_weights(config: DecoderConfig) -> dict[str, Placement]:
+    """All but what stands behind attention."""
+    places = frame_weights(config)
     biased = {"attention.qkv": config.qkv_bias, "attention.output": config.output_bias}
     for layer in range(config.num_layers):
         theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
-        for source, target in norms.items():
+        for source, target in _QUERY_KEY_NORMS.items() if config.qk_norm != "none" else ():
             places[f"{theirs}.{source}.weight"] = Placement(parameter=f"{ours}.{target}.weight")
         for source, (target, part) in _PROJECTIONS.items():
             for kind in ("weight", "bias") if biased[target] else ("weight",):

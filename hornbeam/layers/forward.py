@@ -9,18 +9,17 @@ from hornbeam.ops.attention.contract import Attend
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
-    """The pages of one layer: k and v [P, S, Hk, D], and the cache group whose page numbers they follow."""
+    """The pages of one layer, and the cache group whose page numbers they follow."""
 
     group: int
-    k: Tensor
-    v: Tensor
+    tensors: tuple[Tensor, ...]  # [P, S, *row shape] for each row shape of the group: keys and values, or less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupForward:
     """One cache group's part of a step."""
 
-    rows: Tensor  # [T] int64: page * S + offset where each token's keys and values go
+    rows: Tensor  # [T] int64: page * S + offset where what is cached of each token goes
     decode: Attend | None  # for the first num_decode tokens
     prefill: Attend | None  # for the rest
 

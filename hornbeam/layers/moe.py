@@ -120,13 +120,18 @@ class MoE(nn.Module):
         *,
         unit: GatedUnit | None = None,
         bias: bool = False,
+        corrected: bool = False,
         shared: SharedExpert | None = None,
     ) -> None:
-        """`bias` gives one to the gate and to both products of the experts; unit None: SwiGLU."""
+        """`bias` gives one to the gate and to both products of the experts; unit None: SwiGLU.
+
+        corrected: the choice of experts, not their weights, follows scores to which `correction` is added.
+        """
         super().__init__()
         assert context.kernels.routing is not None
         self.gate = Linear(hidden_size, (mixture.num_experts,), context, bias=bias, split="none")
         self.experts = RoutedExperts(hidden_size, mixture, unit or GatedUnit(), context, bias=bias)
+        self.correction = empty_parameter((mixture.num_experts,), context, torch.float32) if corrected else None
         self.shared = shared
         self.expert_map: Tensor | None = None  # [E] int32: the physical id of each logical expert; None: its own
         self._rule = rule
@@ -135,7 +140,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, H]."""
-        weights, ids = self._routing.route(self.gate(x, fwd), self._rule, expert_map=self.expert_map)
+        weights, ids = self._routing.route(self.gate(x, fwd), self._rule, self.correction, self.expert_map)
         arrived = self._exchange.dispatch(x, weights, ids)
         out = self._exchange.combine(self.experts(*arrived))
         return out if self.shared is None else out + self.shared(x, fwd)

@@ -12,6 +12,8 @@ from hornbeam.core.registry import Registry
 from hornbeam.weights.wheel import WheelFile
 
 ARCHITECTURES: dict[str, str] = {
+    "DeepseekV2ForCausalLM": "deepseek",
+    "DeepseekV3ForCausalLM": "deepseek",
     "Gemma2ForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma",
     "Gemma3ForConditionalGeneration": "gemma",
@@ -43,6 +45,7 @@ ARCHITECTURES: dict[str, str] = {
 FAMILIES: Registry[None, ModelFamily] = Registry(
     "models",
     {
+        "deepseek": "hornbeam.models.deepseek.spec:FAMILY",
         "gemma": "hornbeam.models.gemma.spec:FAMILY",
         "gpt_oss": "hornbeam.models.gpt_oss.spec:FAMILY",
         "llama": "hornbeam.models.llama.spec:FAMILY",

@@ -12,7 +12,8 @@ from torch import Tensor
 from hornbeam.core.family import MixtureShape
 from hornbeam.ops.activation.contract import Activation
 from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape, Rows
-from hornbeam.ops.linear.contract import LinearProduct
+from hornbeam.ops.linear.contract import InputNorm, LinearProduct
+from hornbeam.ops.mla.contract import LatentRows
 from hornbeam.ops.moe.contract import ExpertsBackend, ExpertsShape, ExpertWeights, GatedUnit, Routing, RoutingRule
 from hornbeam.ops.norm.contract import Norm
 from hornbeam.ops.qkv.contract import HeadNorms, Qkv, Rotation
@@ -54,6 +55,7 @@ class Probes:
         )
         attention = backend.create(shape, max_rows=1)
         pages = self._pages()
+        v_pages = pages[..., : query.value_dim]
         sinks = self._zeros(query.num_heads) if query.sinks else None
         for plan, num_queries in ((attention.plan_decode, 1), (attention.plan_prefill, 2)):
             rows = Rows(
@@ -63,7 +65,7 @@ class Probes:
                 len_bounds=(num_queries,),
                 query_lens=(num_queries,),
             )
-            plan(rows)(self._zeros(num_queries, query.num_heads, query.head_dim), pages, pages, sinks)
+            plan(rows)(self._zeros(num_queries, query.num_heads, query.head_dim), pages, v_pages, sinks)
         self._wait()
 
     def experts(self, backend: ExpertsBackend) -> None:
@@ -88,6 +90,16 @@ class Probes:
         """One token."""
         mixture = self._mixture()
         backend.route(self._zeros(1, mixture.num_experts), RoutingRule(top_k=mixture.top_k, renormalize=True))
+        self._wait()
+
+    def latent_rows(self, backend: LatentRows) -> None:
+        """One token."""
+        query = self._query
+        zero, row = self._integers(1), self._zeros(1, query.head_dim)
+        norm = InputNorm(weight=self._zeros(query.head_dim)[: query.value_dim], eps=1e-6)
+        table = torch.zeros(1, query.head_dim - len(norm.weight), device=self._device)
+        q = self._zeros(1, query.num_heads, query.head_dim)
+        backend.store(q, row, norm, Rotation(table=table, positions=zero), self._pages(), zero)
         self._wait()
 
     def linear(self, backend: LinearProduct) -> None:

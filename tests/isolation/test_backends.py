@@ -1,5 +1,6 @@
 """A broken backend is skipped with its reason, and the reference answers."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hornbeam.ops.activation.contract import ACTIVATION
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
 from hornbeam.ops.kernels import choose_kernels
 from hornbeam.ops.linear.contract import LINEAR
+from hornbeam.ops.mla.contract import LATENT_ATTENTION, LATENT_ROWS
 from hornbeam.ops.moe.contract import EXPERTS, ROUTING
 from hornbeam.ops.norm.contract import NORM
 from hornbeam.ops.probes import Probes
@@ -22,7 +24,7 @@ from hornbeam.ops.sample.contract import SAMPLE
 pytestmark = pytest.mark.cpu
 
 ATTENTION = (DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION)
-REGISTRIES = (ACTIVATION, *ATTENTION, EXPERTS, LINEAR, NORM, QKV, ROUTING, SAMPLE)
+REGISTRIES = (ACTIVATION, *ATTENTION, EXPERTS, LATENT_ATTENTION, LATENT_ROWS, LINEAR, NORM, QKV, ROUTING, SAMPLE)
 QUERY = OpQuery(
     device="cpu",
     dtype="float32",
@@ -33,6 +35,7 @@ QUERY = OpQuery(
     hidden_size=16,
     mixture=MixtureShape(num_experts=4, top_k=2, intermediate_size=8),
 )
+LATENT_QUERY = dataclasses.replace(QUERY, num_kv_heads=1, value_dim=6)
 BROKEN = {
     "raises-on-import": ("raise OSError('no such driver')", "OSError: no such driver"),
     "is-not-installed": ("import nonexistent_library", "No module named 'nonexistent_library'"),
@@ -73,8 +76,9 @@ def reason(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.name)
 def test_it_is_skipped_with_its_reason(registry: Registry, reason: str) -> None:
+    query = LATENT_QUERY if "latent" in registry.name else QUERY
     choice = registry.choose(
-        QUERY, probe=getattr(Probes(QUERY), "attention" if "attention" in registry.name else registry.name)
+        query, probe=getattr(Probes(query), "attention" if "attention" in registry.name else registry.name)
     )
     assert choice.name != "broken"
     assert choice.skipped[0][0] == "broken"

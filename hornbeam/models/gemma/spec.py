@@ -72,7 +72,6 @@ class GemmaFamily:
     """See `core.family.ModelFamily`."""
 
     name = "gemma"
-    unread = ("vision_tower.", "multi_modal_projector.")  # parts for images
 
     def parse(self, hf_config: Mapping[str, Any]) -> GemmaConfig:
         """Read a Hugging Face config. Raises ConfigError for what is missing, malformed or not implemented."""
@@ -127,6 +126,10 @@ class GemmaFamily:
         from hornbeam.models.gemma.model import GemmaModel
 
         return GemmaModel(config, context)
+
+    def unread(self, config: GemmaConfig) -> tuple[str, ...]:
+        """Parts for images."""
+        return ("vision_tower.", "multi_modal_projector.")
 
     def weight_map(self, config: GemmaConfig) -> Mapping[str, Placement]:
         """See `weights.weight_map`."""

@@ -56,7 +56,7 @@ class Attend(Protocol):
     def __call__(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
     ) -> Tensor:
-        """q [T, Hq, D] over k_pages and v_pages [P, S, Hk, D] -> [T, Hq, D].
+        """q [T, Hq, D] over k_pages and v_pages [P, S, Hk, D] -> [T, Hq, D]; for values of another size, see `ops.mla`.
 
         sinks: [Hq], of a model that has them (`OpQuery.sinks`): a score of each head that takes its part of the
         softmax, and adds nothing to the sum. fresh: needed if `Rows.fresh` was set.

@@ -1,0 +1,184 @@
+"""DeepSeek-V2 and V3 against transformers, on tiny random checkpoints in float32; and that no slip goes unseen."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_parity import PROMPT, assert_parity, reference, save_checkpoint
+from harness import Sequence, as_tensor, make_engine
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hornbeam.layers.moe import MoE
+from hornbeam.models.deepseek.model import DeepseekModel
+from hornbeam.ops.mla.reference import ROWS as LATENT_ROWS
+from hornbeam.ops.moe.reference import ReferenceRouting
+from hornbeam.ops.qkv.reference import ReferenceQkv
+
+pytestmark = pytest.mark.cpu
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 40.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+BASE: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 24,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "max_position_embeddings": 2560,
+    "rope_parameters": YARN,
+}
+V3 = BASE | {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
+V2 = BASE | {"n_shared_experts": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+ROWS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": V2 | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    "deepseek_v2, lite": V2 | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "rope_parameters": PLAIN},
+    "deepseek_v3": V3,
+    "deepseek_v3, unequal magnitudes": V3 | {"rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}},
+    "deepseek_v3, other switches": V3
+    | {
+        "attention_bias": True,
+        "norm_topk_prob": False,
+        "n_group": 1,
+        "topk_group": 1,
+        "tie_word_embeddings": True,
+        "first_k_dense_replace": 0,
+        "rms_norm_eps": 1e-4,
+        "rope_parameters": {key: value for key, value in YARN.items() if not key.startswith("mscale")},
+    },
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_logprobs_equal_the_reference(tmp_path: Path, row: str) -> None:
+    folder = save_checkpoint(tmp_path, row.partition(",")[0], ROWS[row])
+    assert_parity(folder, reference(folder), page_size=16)
+
+
+def test_the_layer_that_drafts_is_left_unread(tmp_path: Path) -> None:
+    """Checkpoints have it behind the last layer."""
+    folder = save_checkpoint(tmp_path, "deepseek_v3", V3)
+    expected = prefilled(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.layers.3.enorm.weight": torch.ones(64)}, folder / "model.safetensors")
+    assert prefilled(folder).equal(expected)
+
+
+def prefilled(folder: Path, slip: Callable[[DeepseekModel], None] = lambda model: None) -> Tensor:
+    """Logprobs after the prompt, by a model that `slip` has tampered with."""
+    executor = make_engine(folder, page_size=16).executor
+    slip(executor._runner.model)
+    return as_tensor(Sequence(executor, slot=0, first_page=1, num_pages=4).prefill(PROMPT))
+
+
+def each_mixture(change: Callable[[MoE], None]) -> Callable[[DeepseekModel], None]:
+    def slip(model: DeepseekModel) -> None:
+        mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+        assert mixtures
+        for mixture in mixtures:
+            change(mixture)
+
+    return slip
+
+
+def rule(**changes: Any) -> Callable[[DeepseekModel], None]:
+    return each_mixture(lambda mixture: setattr(mixture, "_rule", dataclasses.replace(mixture._rule, **changes)))
+
+
+def without_correction(model: DeepseekModel) -> None:
+    each_mixture(lambda mixture: mixture.correction.data.zero_())(model)
+
+
+def without_shared(model: DeepseekModel) -> None:
+    each_mixture(lambda mixture: setattr(mixture, "shared", None))(model)
+
+
+class BiasedWeights(ReferenceRouting):
+    """Weights experts by their corrected scores."""
+
+    def route(self, logits: Tensor, rule: Any, correction: Tensor | None = None, *rest: Any) -> tuple[Tensor, Tensor]:
+        _, ids = super().route(logits, rule, correction, *rest)
+        weights = (logits.sigmoid() + correction).gather(1, ids.long())
+        return weights / weights.sum(-1, keepdim=True) * rule.factor, ids
+
+
+def biased_weights(model: DeepseekModel) -> None:
+    each_mixture(lambda mixture: setattr(mixture, "_routing", BiasedWeights()))(model)
+
+
+class HalfSplitRows:
+    """Turns features that are half the rotated part apart."""
+
+    def store(self, q: Tensor, row: Tensor, norm: Any, rotation: Any, pages: Tensor, rows: Tensor) -> None:
+        still = dataclasses.replace(rotation, table=rotation.table.clone())
+        half = still.table.shape[1] // 2
+        still.table[:, :half], still.table[:, half:] = 1, 0
+        LATENT_ROWS.store(q, row, norm, still, pages, rows)
+        end, spare = slice(len(norm.weight), None), torch.zeros(1, len(row), 1, 2 * half)
+        k, v = row[:, None, end], row[:, None, end].clone()
+        indices = torch.arange(len(row))
+        ReferenceQkv().store(q[..., end], k, v, None, rotation, spare, spare.clone(), indices)
+        pages.flatten(0, 2)[rows] = row
+
+
+def half_split(model: DeepseekModel) -> None:
+    for layer in model.layers:
+        layer.attention._rows = HalfSplitRows()
+
+
+def unnormalised_latent(model: DeepseekModel) -> None:
+    for layer in model.layers:
+        layer.attention.latent_norm.weight.data.fill_(1)
+
+
+def without_yarn(model: DeepseekModel) -> None:
+    angles = torch.arange(len(model.rotary.table))[:, None] * 10000.0 ** -(torch.arange(8) / 8)
+    model.rotary.table = torch.cat((angles.cos(), angles.sin()), -1)
+
+
+SLIPS: dict[str, Callable[[DeepseekModel], None]] = {
+    "no correction": without_correction,
+    "no limit to groups": rule(num_groups=1),
+    "groups by their best expert": rule(group_score="best"),
+    "weights from corrected scores": biased_weights,
+    "no renormalisation": rule(renormalize=False),
+    "scores by softmax": rule(scores="softmax"),
+    "scaled twice": rule(factor=2.5**2),
+    "no shared expert": without_shared,
+    "rotation of halves": half_split,
+    "no yarn": without_yarn,
+    "a latent without its weights": unnormalised_latent,
+}
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+    folder = save_checkpoint(tmp_path_factory.mktemp("v3"), "deepseek_v3", V3)
+    return folder, prefilled(folder)
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_no_slip_goes_unseen(intact: tuple[Path, Tensor], slip: str) -> None:
+    """Each changes the model by far more than the tolerance of the comparison with the reference."""
+    folder, expected = intact
+    assert (prefilled(folder, SLIPS[slip]) - expected).abs().max() > 0.05
