@@ -1,18 +1,20 @@
-"""What the server itself costs per generated token: many streams from an engine that only counts."""
+"""What the server itself costs per generated token: many streams from an engine that only counts, a step each 40 ms."""
 
 import argparse
 import asyncio
+import contextlib
 import json
+import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hornbeam.bench.live import LiveServer, live_server
+from hornbeam.bench.live import HOST, LiveServer, live_server
 from hornbeam.bench.report import show
 from hornbeam.core.errors import HornbeamError
 
-HEALTH_INTERVAL = 0.05  # seconds
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Count."}]},
     "/v1/completions": {"prompt": "one two"},
@@ -79,15 +81,13 @@ def measure_server(user: dict[str, Any], path: str, num_streams: int, num_tokens
 
 async def _measure(server: LiveServer, path: str, num_streams: int, num_tokens: int) -> ServerCost:
     latencies: list[float] = []
-    watch = asyncio.create_task(_watch_health(server, latencies))
-    before, started = server.cpu_seconds, time.perf_counter()
-    await asyncio.gather(*(_stream(server, path, num_tokens) for _ in range(num_streams)))
-    after, seconds = server.cpu_seconds, time.perf_counter() - started
+    async with _health_probe(server, latencies):
+        before, started = server.cpu_seconds, time.perf_counter()
+        await asyncio.gather(*(_stream(server, path, num_tokens) for _ in range(num_streams)))
+        after, seconds = server.cpu_seconds, time.perf_counter() - started
     own_us, kernel_us = (
         (end - start) / (num_streams * num_tokens) * 1e6 for start, end in zip(before, after, strict=True)
     )
-    watch.cancel()
-    await asyncio.gather(watch, return_exceptions=True)
     latencies.sort()
     return ServerCost(
         path=path,
@@ -99,6 +99,23 @@ async def _measure(server: LiveServer, path: str, num_streams: int, num_tokens: 
         health_p50_ms=latencies[len(latencies) // 2] * 1e3,
         health_p99_ms=latencies[len(latencies) * 99 // 100] * 1e3,
     )
+
+
+@contextlib.asynccontextmanager
+async def _health_probe(server: LiveServer, latencies: list[float]) -> AsyncIterator[None]:
+    """Collects, at the end, how long /health took meanwhile."""
+    command = [sys.executable, "-m", "hornbeam.bench.health_probe", HOST, str(server.port)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None, "asked for"
+    first = await process.stdout.readline()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
+        rest = await process.stdout.read()
+        await process.wait()
+    latencies += map(float, [first, *rest.splitlines()[:-1]])  # the last line may be cut
 
 
 async def _stream(server: LiveServer, path: str, num_tokens: int) -> None:
@@ -115,11 +132,3 @@ async def _stream(server: LiveServer, path: str, num_tokens: int) -> None:
         writer.close()
     if b"[DONE]" not in tail or num_events < num_tokens // 2:
         raise HornbeamError(f"a stream of {path} is incomplete: {num_events} events, then {tail!r}")
-
-
-async def _watch_health(server: LiveServer, latencies: list[float]) -> None:
-    while True:
-        started = time.perf_counter()
-        await server.ask("GET", "/health")
-        latencies.append(time.perf_counter() - started)
-        await asyncio.sleep(HEALTH_INTERVAL)
