@@ -7,6 +7,7 @@ how their sums come back, is an `Exchange`; with one rank there is nothing to se
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hornbeam.core.family import MixtureShape
@@ -108,6 +109,18 @@ class SharedExpert(nn.Module):
         return out if self.share is None else torch.sigmoid(self.share(x, fwd)) * out
 
 
+class WideGate(nn.Module):
+    """A gate in float32, whatever the model computes in: rounding decides between experts whose scores are close."""
+
+    def __init__(self, hidden_size: int, num_experts: int, context: BuildContext) -> None:
+        super().__init__()
+        self.weight = empty_parameter((num_experts, hidden_size), context, torch.float32)
+
+    def forward(self, x: Tensor, fwd: Forward) -> Tensor:
+        """[T, H] -> [T, E] float32."""
+        return F.linear(x.float(), self.weight)
+
+
 class MoE(nn.Module):
     """Routed experts by `rule`, and beside them what `shared` adds."""
 
@@ -121,15 +134,21 @@ class MoE(nn.Module):
         unit: GatedUnit | None = None,
         bias: bool = False,
         corrected: bool = False,
+        wide_gate: bool = False,
         shared: SharedExpert | None = None,
     ) -> None:
         """`bias` gives one to the gate and to both products of the experts; unit None: SwiGLU.
 
         corrected: the choice of experts, not their weights, follows scores to which `correction` is added.
+        wide_gate: see `WideGate`; without a bias.
         """
         super().__init__()
         assert context.kernels.routing is not None
-        self.gate = Linear(hidden_size, (mixture.num_experts,), context, bias=bias, split="none")
+        self.gate = (
+            WideGate(hidden_size, mixture.num_experts, context)
+            if wide_gate
+            else Linear(hidden_size, (mixture.num_experts,), context, bias=bias, split="none")
+        )
         self.experts = RoutedExperts(hidden_size, mixture, unit or GatedUnit(), context, bias=bias)
         self.correction = empty_parameter((mixture.num_experts,), context, torch.float32) if corrected else None
         self.shared = shared

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from family_parity import PROMPT, assert_parity, reference, save_checkpoint
-from harness import Sequence, as_tensor, make_engine
+from harness import Sequence, as_tensor, make_engine, run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hornbeam.core.request import Request, SamplingParams
 from hornbeam.layers.moe import MoE
 from hornbeam.models.deepseek.model import DeepseekModel
 from hornbeam.ops.mla.reference import ROWS as LATENT_ROWS
@@ -84,9 +85,38 @@ def test_the_layer_that_drafts_is_left_unread(tmp_path: Path) -> None:
     assert prefilled(folder).equal(expected)
 
 
-def prefilled(folder: Path, slip: Callable[[DeepseekModel], None] = lambda model: None) -> Tensor:
+def test_gates_stay_in_float32(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, "deepseek_v3", V3)
+    model = make_engine(folder, page_size=16, dtype="bfloat16").executor._runner.model
+    x = torch.randn(5, 64).bfloat16()
+    weight = load_file(folder / "model.safetensors")["model.layers.1.mlp.gate.weight"]
+    torch.testing.assert_close(model.layers[1].mlp.gate(x, None), x.float() @ weight.T)
+
+
+@pytest.mark.parametrize("flags", [{"quantization": "w8a8_int8"}, {"dtype": "bfloat16"}])
+def test_rounded_arithmetic_stays_close(tmp_path: Path, flags: dict[str, Any]) -> None:
+    folder = save_checkpoint(tmp_path, "deepseek_v2", ROWS["deepseek_v2, lite"])
+    expected = prefilled(folder)
+    assert (prefilled(folder, **flags) - expected).std() < 0.1 * expected.std()
+
+
+def test_tokens_do_not_depend_on_how_requests_are_batched(tmp_path: Path) -> None:
+    """Six prompts that share beginnings, one at a time; then together, in chunks, twice: then with cached prefixes."""
+    folder = save_checkpoint(tmp_path, "deepseek_v3", V3)
+    long = [int(x) for x in torch.randint(3, 300, (150,), generator=torch.Generator().manual_seed(2))]
+    sampling = SamplingParams(temperature=0, max_new_tokens=6, ignore_eos=True)
+    requests = [Request(rid=str(n), prompt_ids=(*long[:n], n), sampling=sampling) for n in (20, 66, 70, 100, 130, 145)]
+    together = make_engine(folder, chunked_prefill_size=32)
+    alone = make_engine(folder, disable_radix_cache=True)
+    expected = {request.rid: run(alone, [request])[request.rid].token_ids for request in requests}
+    for _ in range(2):
+        results = run(together, requests)
+        assert {rid: result.token_ids for rid, result in results.items()} == expected
+
+
+def prefilled(folder: Path, slip: Callable[[DeepseekModel], None] = lambda model: None, **flags: Any) -> Tensor:
     """Logprobs after the prompt, by a model that `slip` has tampered with."""
-    executor = make_engine(folder, page_size=16).executor
+    executor = make_engine(folder, page_size=16, **flags).executor
     slip(executor._runner.model)
     return as_tensor(Sequence(executor, slot=0, first_page=1, num_pages=4).prefill(PROMPT))
 
