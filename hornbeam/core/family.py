@@ -65,6 +65,7 @@ class ModelFamily(Protocol):
 
     Optional attributes, asked for by name where they matter: `step_state`, `chat_format`, `media`;
     `unread(config)`, beginnings of the names of tensors that belong to parts of a model which the family leaves out;
+    `aliases`, beginning of names in the weight map -> what some checkpoints have in its place;
     and `load(config, context, checkpoint)`, the model with its weights, of a family whose models load themselves.
     """
 

@@ -176,7 +176,8 @@ def _load(
     if dummy:
         draw_dummy(model, options.model.seed)
     elif load is None:
-        load_weights(model, checkpoint, family.weight_map(config), _unread(family, config))
+        aliases = getattr(family, "aliases", {})
+        load_weights(model, checkpoint, family.weight_map(config), _unread(family, config), aliases)
     if packing is not None and not any(isinstance(module, Linear) for module in model.modules()):
         raise ConfigError("the products of this model are not Hornbeam's, and cannot be rounded: drop --quantization")
     refresh_derived(model)

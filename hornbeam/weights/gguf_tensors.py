@@ -125,6 +125,9 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
     }
     if config.get("sliding_window") == 0:
         del config["sliding_window"]  # none
+    if isinstance(config.get("sliding_window_pattern"), list):  # for each layer, whether it has a window
+        slides = config.pop("sliding_window_pattern")
+        config["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
     config |= {
         "architectures": [f"gguf:{architecture}"],
         "model_type": architecture,

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +27,23 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @torch.no_grad()
 def load_weights(
-    model: nn.Module, checkpoint: Checkpoint, weight_map: Mapping[str, Placement], unread: tuple[str, ...] = ()
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    weight_map: Mapping[str, Placement],
+    unread: tuple[str, ...] = (),
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Copy each tensor of `checkpoint` to its place in `model`, converted to the parameter's dtype and device.
 
     One tensor at a time is in memory besides the model; progress is drawn on a terminal if it takes long.
     unread: beginnings of the names of tensors that may be there, and are left out.
+    aliases: beginning of names in the map -> what some checkpoints have in its place.
 
     Raises:
         ConfigError: the checkpoint's names and shapes are not exactly those that the map and the model ask for, or a
             tensor cannot be read. Names and shapes are checked before anything is copied.
     """
+    weight_map = _as_stored(weight_map, checkpoint.source.shapes(), aliases)
     targets = {name: _target(model, placement) for name, placement in weight_map.items()}
     _check_coverage(model, weight_map)
     shapes = {name: _shape(target, weight_map[name]) for name, target in targets.items()}
@@ -85,6 +92,19 @@ def ungroup_heads(tensor: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
     """
     groups = tensor.view(num_kv_heads, -1, head_dim, *tensor.shape[1:])
     return torch.cat([part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])])
+
+
+def _as_stored(
+    weight_map: Mapping[str, Placement], stored: Collection[str], aliases: Mapping[str, str]
+) -> Mapping[str, Placement]:
+    """The map with each name that is not stored replaced by its alias, if that is."""
+    others = {
+        name: alias + name.removeprefix(beginning)
+        for name in weight_map
+        for beginning, alias in aliases.items()
+        if name.startswith(beginning) and name not in stored
+    }
+    return {others[name] if others.get(name) in stored else name: placement for name, placement in weight_map.items()}
 
 
 def _transformed(tensor: Tensor, placement: Placement) -> Tensor:

@@ -12,7 +12,7 @@ from hornbeam.core.config_reader import ConfigReader
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import ModelConfig, Placement
 from hornbeam.core.windows import attention_specs, parse_windows
-from hornbeam.models.gemma.weights import weight_map
+from hornbeam.models.gemma.weights import ALIASES, UNREAD, weight_map
 from hornbeam.ops.rope.scaling import RopeSettings, parse_rope
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class GemmaFamily:
     """See `core.family.ModelFamily`."""
 
     name = "gemma"
+    aliases = ALIASES
 
     def parse(self, hf_config: Mapping[str, Any]) -> GemmaConfig:
         """Read a Hugging Face config. Raises ConfigError for what is missing, malformed or not implemented."""
@@ -129,7 +130,7 @@ class GemmaFamily:
 
     def unread(self, config: GemmaConfig) -> tuple[str, ...]:
         """Parts for images."""
-        return ("vision_tower.", "multi_modal_projector.")
+        return UNREAD
 
     def weight_map(self, config: GemmaConfig) -> Mapping[str, Placement]:
         """See `weights.weight_map`."""

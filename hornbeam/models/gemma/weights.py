@@ -24,6 +24,10 @@ _NORMS = {
 }
 _QUERY_KEY_NORMS = {"self_attn.q_norm": "attention.norm.query", "self_attn.k_norm": "attention.norm.key"}
 
+# Parts for images, and how newer checkpoints of models with such parts name the tensors of the text part
+UNREAD = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+ALIASES = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+
 
 def weight_map(config: "GemmaConfig") -> dict[str, Placement]:
     """Every tensor of a checkpoint of `config` that is read, and its place.

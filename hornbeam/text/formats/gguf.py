@@ -215,12 +215,12 @@ def _sentencepiece_backend(metadata: Mapping[str, Any], tokens: list[str], unkno
 
 def _merges(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
     """All pairs of pieces that make a piece, by its score: SentencePiece joins the neighbours that score highest."""
-    pairs = [
-        (piece[:i], piece[i:])
+    return [
+        (left, right)
         for piece in sorted(pieces, key=pieces.__getitem__, reverse=True)
         for i in range(1, len(piece))
+        if (left := piece[:i]) in pieces and (right := piece[i:]) in pieces
     ]
-    return [(left, right) for left, right in pairs if left in pieces and right in pieces]
 
 
 def _wordpiece_backend(

@@ -16,10 +16,11 @@ ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+KINDS = ["full_attention", "sliding_attention", "sliding_attention"] * 2
 # GGUF's architecture -> transformers' model_type and settings
 FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"num_hidden_layers": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
-    "gemma3": ("gemma3_text", {"num_hidden_layers": 6, "rope_parameters": ROPES}),
+    "gemma3": ("gemma3_text", {"num_hidden_layers": 6, "rope_parameters": ROPES, "layer_types": KINDS}),
 }
 
 
@@ -52,6 +53,7 @@ def write(path: Path, architecture: str, model: PreTrainedModel) -> None:
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     else:
+        writer.add_array("gemma3.attention.sliding_window_pattern", [kind == "sliding_attention" for kind in KINDS])
         writer.add_rope_freq_base(1e6)
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(8.0)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from harness import Sequence, as_tensor, make_engine
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from hornbeam.models.gemma.spec import FAMILY
@@ -101,8 +102,9 @@ def test_every_weight_is_named_and_matters(checkpoint: Path) -> None:
             assert moved > 1e-3, name
 
 
+@pytest.mark.parametrize("newer", [False, True], ids=["language_model.model", "model.language_model"])
 @torch.inference_mode()
-def test_the_text_part_of_a_larger_model(tmp_path: Path) -> None:
+def test_the_text_part_of_a_larger_model(tmp_path: Path, newer: bool) -> None:
     torch.manual_seed(0)
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     vision |= {"image_size": 16, "patch_size": 8}
@@ -110,7 +112,10 @@ def test_the_text_part_of_a_larger_model(tmp_path: Path) -> None:
         text_config=SIZES | {"sliding_window_pattern": 2}, vision_config=vision, mm_tokens_per_image=4
     )
     model = randomised(Gemma3ForConditionalGeneration(config)).eval()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, save_original_format=not newer)
+    with safe_open(tmp_path / "model.safetensors", "pt") as stored:
+        names = list(stored.keys())
+    assert any(name.startswith("model.language_model.") for name in names) == newer
     row = as_tensor(Sequence(make_engine(tmp_path).executor, 0, 1, 8, num_groups=2).prefill(PROMPT))
     expected = model(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
     torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
