@@ -80,8 +80,8 @@ FLAGS: tuple[Flag, ...] = (
         name="quantization",
         group="model",
         default="unquant",
-        choices=("unquant", "w8a8_int8"),
-        help="Of products. w8a8_int8: of rounded integers (CPUs); `hornbeam bench fidelity` tells what that costs.",
+        choices=("unquant", "w8a8_int8", "bf16"),
+        help="Of products on CPUs. w8a8_int8: rounded integers; bf16: bfloat16. Costs: `hornbeam bench fidelity`.",
     ),
     Flag(name="context_length", group="model", type=int, help="Tokens of prompt and output together, at most."),
     Flag(

@@ -34,5 +34,5 @@ class Quantization(Protocol):
 
 # Names are those of --quantization.
 QUANTIZATIONS: Registry[OpQuery, Quantization] = Registry(
-    "quantization", {"w8a8_int8": "hornbeam.quant.int8:QUANTIZATION"}
+    "quantization", {"w8a8_int8": "hornbeam.quant.int8:QUANTIZATION", "bf16": "hornbeam.quant.bf16:QUANTIZATION"}
 )
