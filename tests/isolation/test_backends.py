@@ -98,3 +98,19 @@ def test_asked_for_by_name_it_is_refused_with_its_reason(reason: str) -> None:
     with pytest.raises(ConfigError) as caught:
         choose_kernels(QUERY, decode_attention="broken")
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.name)
+def test_every_backend_for_a_cpu_keeps_its_word(registry: Registry) -> None:
+    query = LATENT_QUERY if registry in (LATENT_ATTENTION, LATENT_ROWS) else QUERY
+    probe = getattr(Probes(query), "attention" if "attention" in registry.name else registry.name)
+    kept = []
+    for name in registry.names():
+        try:
+            backend = registry.load(name)
+        except ImportError:
+            continue  # an optional library
+        if backend.supports(query) is None:
+            probe(backend)
+            kept.append(name)
+    assert "reference" in kept

@@ -19,5 +19,10 @@ class CpuActivation:
         gate, up = x.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
+    def gelu_tanh_mul(self, x: Tensor) -> Tensor:
+        """See `Activation`."""
+        gate, up = x.chunk(2, -1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
 
 BACKEND = CpuActivation()
