@@ -35,7 +35,7 @@ class ModelConfig:
     attention_scale: float | None = None  # of the products of queries and keys; None: head_dim ** -0.5
     attention_soft_cap: float | None = None  # c: scores x become c * tanh(x / c)
     attention_sinks: bool = False  # each layer has a score per head that takes its part of the softmax, for no key
-    value_dim: int | None = None  # values are the first features of the cached keys (latent attention); None: they
+    latent_dim: int | None = None  # values are the first features of the cached keys (latent attention); None: they
     # are cached beside them
     mixture: MixtureShape | None = None  # None: the model is dense
 

@@ -120,7 +120,7 @@ def _query(config: ModelConfig, specs: tuple[CacheSpec, ...], options: EngineOpt
         window=next((spec.window for spec in specs if spec.window is not None), None),
         soft_cap=config.attention_soft_cap,
         sinks=config.attention_sinks,
-        value_dim=config.value_dim,
+        latent_dim=config.latent_dim,
         hidden_size=config.hidden_size,
         mixture=config.mixture,
     )

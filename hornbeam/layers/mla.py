@@ -35,7 +35,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, shape: LatentShape, layer: int, context: BuildContext) -> None:
         super().__init__()
-        assert context.kernels.latent_rows is not None, "the config of such a model must have its value_dim"
+        assert context.kernels.latent_rows is not None, "the config of such a model must have its latent_dim"
         num_heads = context.grid.attn_tp.share(shape.num_heads, "heads")
         query_size, row_size = num_heads * (shape.nope_dim + shape.rope_dim), shape.rank + shape.rope_dim
         # The row is needed whole on every rank, and so is the queries' latent: rows of heads alone are shared out.

@@ -46,7 +46,7 @@ def choose_kernels(query: OpQuery, decode_attention: str = "auto", prefill_atten
         ConfigError: the named attention backend cannot serve; the message says why.
     """
     probes = Probes(query)
-    latent = query.value_dim is not None
+    latent = query.latent_dim is not None
     decode, prefill, single = (
         LATENT_ATTENTION if latent else registry for registry in (DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION)
     )

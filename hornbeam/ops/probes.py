@@ -55,7 +55,7 @@ class Probes:
         )
         attention = backend.create(shape, max_rows=1)
         pages = self._pages()
-        v_pages = pages[..., : query.value_dim]
+        v_pages = pages[..., : query.latent_dim]
         sinks = self._zeros(query.num_heads) if query.sinks else None
         for plan, num_queries in ((attention.plan_decode, 1), (attention.plan_prefill, 2)):
             rows = Rows(
@@ -96,7 +96,7 @@ class Probes:
         """One token."""
         query = self._query
         zero, row = self._integers(1), self._zeros(1, query.head_dim)
-        norm = InputNorm(weight=self._zeros(query.head_dim)[: query.value_dim], eps=1e-6)
+        norm = InputNorm(weight=self._zeros(query.head_dim)[: query.latent_dim], eps=1e-6)
         table = torch.zeros(1, query.head_dim - len(norm.weight), device=self._device)
         q = self._zeros(1, query.num_heads, query.head_dim)
         backend.store(q, row, norm, Rotation(table=table, positions=zero), self._pages(), zero)

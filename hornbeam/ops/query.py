@@ -18,6 +18,6 @@ class OpQuery:
     window: int | None = None  # a query sees only the last `window` tokens
     soft_cap: float | None = None  # of attention scores
     sinks: bool = False  # attention has a score per head that leads to no key
-    value_dim: int | None = None  # values are this front of the keys (latent attention); None: they are cached, too
+    latent_dim: int | None = None  # values are this front of the keys (latent attention); None: they are cached, too
     hidden_size: int = 0  # of what experts take
     mixture: MixtureShape | None = None  # experts of this rank; None: the model is dense

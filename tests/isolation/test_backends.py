@@ -35,7 +35,7 @@ QUERY = OpQuery(
     hidden_size=16,
     mixture=MixtureShape(num_experts=4, top_k=2, intermediate_size=8),
 )
-LATENT_QUERY = dataclasses.replace(QUERY, num_kv_heads=1, value_dim=6)
+LATENT_QUERY = dataclasses.replace(QUERY, num_kv_heads=1, latent_dim=6)
 BROKEN = {
     "raises-on-import": ("raise OSError('no such driver')", "OSError: no such driver"),
     "is-not-installed": ("import nonexistent_library", "No module named 'nonexistent_library'"),

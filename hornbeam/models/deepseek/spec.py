@@ -88,7 +88,7 @@ class DeepseekFamily:
         scale = (latent.nope_dim + latent.rope_dim) ** -0.5
         return DeepseekConfig(
             **shared | {"head_dim": latent.rank + latent.rope_dim},
-            value_dim=latent.rank,
+            latent_dim=latent.rank,
             attention_scale=scale * _sharpness(read, shared["rope"].scaling),
             windows=(None,) * len(layers),
             mixture=mixture,
