@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,7 @@ def _search(shape: ExpertsShape) -> dict[int, Tiles]:
         x = torch.randn(num_tokens, hidden, **draw)
         ids = torch.rand(num_tokens, experts, device=shape.device).topk(shape.top_k).indices.int()
         shares = torch.ones(num_tokens, shape.top_k, device=shape.device)
-
-        def seconds(tiles: Tiles, x=x, shares=shares, ids=ids) -> float:  # type: ignore[no-untyped-def]
-            return _seconds(lambda: kernel.run(x, shares, ids, weights, tiles))
-
+        seconds = partial(_seconds, partial(kernel.run, x, shares, ids, weights))
         per_expert = num_tokens * shape.top_k / experts
         best = default_tiles(per_expert)
         for block_m in sorted({16, max(16, best.block_m // 2), best.block_m, min(128, best.block_m * 2)}):
@@ -109,18 +107,18 @@ def _search(shape: ExpertsShape) -> dict[int, Tiles]:
     return table
 
 
-def _seconds(run) -> float:  # type: ignore[no-untyped-def]
+def _seconds(run: Callable[[Tiles], object], tiles: Tiles) -> float:
     """Of one run; infinite where the device lacks the shared memory for the tiles."""
     from triton.runtime.errors import OutOfResources
 
     try:
-        run()
+        run(tiles)
     except OutOfResources:
         return float("inf")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(_REPEATS):
-        run()
+        run(tiles)
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1000 / _REPEATS

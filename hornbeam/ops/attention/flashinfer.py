@@ -221,7 +221,7 @@ class FlashInferBackend:
     """Half precision over head sizes 64, 128 and 256, without anything to compile at start."""
 
     captures = True
-    least_shared = 16384
+    least_shared = 16384  # on an H200 sharing 512 tokens loses with 8 rows (3,584 are saved) and wins with 64 (32,256)
 
     def supports(self, query: OpQuery) -> str | None:
         """CUDA devices, and parameters whose FlashAttention-2 module is compiled."""
