@@ -150,18 +150,18 @@ def test_the_kernels_in_half_precision_with_the_default_tiles(device, dtype):
     )
 
 
-@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 3), (7, 40), (900, 6)])
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 3), (7, 40), (900, 6), (6000, 5)])
 def test_the_order_has_every_pair_once_under_its_expert(device, num_tokens, num_experts):
     pytest.importorskip("triton")
-    from hornbeam.ops.moe.triton import order_by_expert
+    from hornbeam.ops.moe.triton_order import order_by_expert
 
     ids = torch.randint(-1, num_experts, (num_tokens, 3), device=device, dtype=torch.int32)
     ids[ids == 2] = 1  # nobody takes expert 2
-    order, block_experts, num_rows = order_by_expert(ids, num_experts, 16)
-    used = int(num_rows)
-    assert used <= len(order)
-    pairs = order[:used]
-    experts = block_experts[: used // 16].repeat_interleave(16)
+    order = order_by_expert(ids, num_experts, 16)
+    used = int(order.num_rows)
+    assert used <= len(order.pairs)
+    pairs = order.pairs[:used]
+    experts = order.experts[: used // 16].repeat_interleave(16)
     real = pairs < ids.numel()
     assert ids.flatten()[pairs[real].long()].equal(experts[real])
     assert sorted(pairs[real].tolist()) == (ids.flatten() >= 0).nonzero().flatten().tolist()

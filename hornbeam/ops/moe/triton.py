@@ -5,74 +5,19 @@ tokens, so that the kernels can run inside a graph: the order has room for the w
 actual end return at once. Nothing depends on the order in which programs run.
 """
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.launch import early_launch
 from hornbeam.ops.moe.contract import Experts, ExpertsShape, ExpertWeights, GatedUnit
 from hornbeam.ops.moe.tiles import TableKey, Tile, Tiles, load_table
+from hornbeam.ops.moe.triton_order import Order, order_by_expert
 from hornbeam.ops.query import OpQuery
 
-_CHUNK = 2048  # pairs that an ordering program looks at together
 _SUM_BLOCK = 1024
-
-
-@triton.jit
-def _count_kernel(ids_ptr, counts_ptr, num_pairs, EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr):
-    """Adds the pairs of a chunk to the counts of their experts."""
-    pairs = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
-    counts = tl.histogram(tl.where(ids < 0, EXPERTS, ids), BINS)
-    bins = tl.arange(0, BINS)
-    tl.atomic_add(counts_ptr + bins, counts, mask=bins < EXPERTS)
-
-
-@triton.jit
-def _order_kernel(
-    ids_ptr,
-    counts_ptr,
-    order_ptr,
-    block_experts_ptr,
-    num_rows_ptr,
-    num_pairs,
-    EXPERTS: tl.constexpr,
-    BINS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    COUNTED: tl.constexpr,
-):
-    """One expert: its pairs in ascending order, then padding (num_pairs) up to a multiple of BLOCK_M."""
-    expert = tl.program_id(0)
-    bins = tl.arange(0, BINS)
-    places = tl.arange(0, CHUNK)
-    if COUNTED:
-        counts = tl.load(counts_ptr + bins, mask=bins < EXPERTS, other=0)
-    else:
-        ids = tl.load(ids_ptr + places, mask=places < num_pairs, other=-1)
-        counts = tl.histogram(tl.where(ids < 0, EXPERTS, ids), BINS)
-    counts = tl.where(bins < EXPERTS, counts, 0)
-    padded = (counts + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    begin = tl.sum(tl.where(bins < expert, padded, 0), 0)
-    count = tl.sum(tl.where(bins == expert, counts, 0), 0)
-    end = begin + tl.sum(tl.where(bins == expert, padded, 0), 0)
-    if expert == EXPERTS - 1:
-        tl.store(num_rows_ptr, end)
-    if count > 0:
-        position = begin
-        for first in range(0, num_pairs, CHUNK):
-            pairs = first + places
-            own = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1) == expert
-            rank = tl.cumsum(own.to(tl.int32), 0)
-            tl.store(order_ptr + position + rank - 1, pairs, mask=own)
-            position += tl.sum(own.to(tl.int32), 0)
-        fill = position + tl.arange(0, BLOCK_M)
-        tl.store(order_ptr + fill, tl.zeros((BLOCK_M,), tl.int32) + num_pairs, mask=fill < end)
-        for block in range(begin // BLOCK_M, end // BLOCK_M):
-            tl.store(block_experts_ptr + block, expert)
 
 
 @triton.jit
@@ -84,7 +29,7 @@ def _gated(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.conste
     return (up + OFFSET) * gate / (1.0 + tl.exp(-ALPHA * gate))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "group_size"])
 def _product_kernel(
     x_ptr,
     weight_ptr,
@@ -95,6 +40,7 @@ def _product_kernel(
     num_rows_ptr,
     num_pairs,
     num_blocks,
+    group_size,
     N: tl.constexpr,
     K: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr,
@@ -106,15 +52,18 @@ def _product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out[pair, :N] = x[pair // PAIRS_PER_ROW, :K] W^T + b of the pair's expert; GATED: W holds gate, then up."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     PARTS: tl.constexpr = 2 if GATED else 1
     NUM_COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
-    first_block = program // (GROUP * NUM_COLUMNS) * GROUP
-    group = tl.minimum(num_blocks - first_block, GROUP)
-    within = program % (GROUP * NUM_COLUMNS)
+    first_block = program // (group_size * NUM_COLUMNS) * group_size
+    group = tl.minimum(num_blocks - first_block, group_size)
+    within = program % (group_size * NUM_COLUMNS)
     block, column = first_block + within % group, within // group
     if block * BLOCK_M >= tl.load(num_rows_ptr):
         return
@@ -150,8 +99,20 @@ def _product_kernel(
 
 
 @triton.jit
-def _sum_kernel(parts_ptr, weights_ptr, ids_ptr, out_ptr, SIZE: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(
+    parts_ptr,
+    weights_ptr,
+    ids_ptr,
+    out_ptr,
+    SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
     """The weighted sum of a token's pairs. Those without an expert were never written, so they are not read."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < SIZE
@@ -192,91 +153,66 @@ class TritonExperts:
         out = torch.empty_like(x)
         if not len(x):
             return out
-        order, block_experts, num_rows = order_by_expert(ids, shape.num_experts, tiles.block_m)
-        product = partial(_product, order=order, block_experts=block_experts, num_rows=num_rows, ids=ids, tiles=tiles)
+        order = order_by_expert(ids, shape.num_experts, tiles.block_m)
         inner = x.new_empty((ids.numel(), shape.intermediate_size))
-        product(x, experts.gate_up, experts.gate_up_bias, inner, tile=tiles.gate_up, unit=shape.unit)
+        multiply_pairs(x, experts.gate_up, experts.gate_up_bias, inner, order, tiles.gate_up, shape.unit)
         parts = x.new_empty((ids.numel(), shape.hidden_size))
-        product(inner, experts.down, experts.down_bias, parts, tile=tiles.down, unit=None)
+        multiply_pairs(inner, experts.down, experts.down_bias, parts, order, tiles.down)
         grid = (len(x), triton.cdiv(shape.hidden_size, _SUM_BLOCK))
-        _sum_kernel[grid](parts, weights, ids, out, SIZE=shape.hidden_size, TOP_K=ids.shape[1], BLOCK=_SUM_BLOCK)
+        _sum_kernel[grid](
+            parts,
+            weights,
+            ids,
+            out,
+            SIZE=shape.hidden_size,
+            TOP_K=ids.shape[1],
+            BLOCK=_SUM_BLOCK,
+            **early_launch(x.device),
+        )
         return out
 
 
-def order_by_expert(ids: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs in blocks of `block_m`, expert by expert: ids [T, k] -> order [B * block_m], expert of each block [B], [1].
-
-    A block's free places hold the number of all pairs; ids of -1 are left out. Of the B blocks, so many that there
-    are always enough, the first ones are in use: the last tensor counts their places. All int32.
-    """
-    num_pairs = ids.numel()
-    num_blocks = min(num_pairs, num_pairs // block_m + min(num_experts, num_pairs))
-    order, block_experts = ids.new_empty(num_blocks * block_m), ids.new_empty(num_blocks)
-    num_rows, counts = ids.new_empty(1), ids
-    bins = triton.next_power_of_2(num_experts + 1)
-    counted = num_pairs > _CHUNK
-    if counted:
-        counts = ids.new_zeros(num_experts)
-        grid = (triton.cdiv(num_pairs, _CHUNK),)
-        _count_kernel[grid](ids, counts, num_pairs, EXPERTS=num_experts, BINS=bins, CHUNK=_CHUNK)
-    _order_kernel[(num_experts,)](
-        ids,
-        counts,
-        order,
-        block_experts,
-        num_rows,
-        num_pairs,
-        EXPERTS=num_experts,
-        BINS=bins,
-        CHUNK=_CHUNK if counted else max(16, triton.next_power_of_2(num_pairs)),
-        BLOCK_M=block_m,
-        COUNTED=counted,
-    )
-    return order, block_experts, num_rows
-
-
-def _product(
+def multiply_pairs(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    *,
-    order: Tensor,
-    block_experts: Tensor,
-    num_rows: Tensor,
-    ids: Tensor,
-    tiles: Tiles,
+    order: Order,
     tile: Tile,
-    unit: GatedUnit | None,
+    unit: GatedUnit | None = None,
 ) -> None:
-    """One product of all pairs; with a unit, of gate and up, and the unit of both."""
+    """One product of all pairs, [P, N]; with a unit, of gate and up, and the unit of both.
+
+    x has a row per pair, or per token.
+    """
     assert weight.is_contiguous()
-    num_columns, num_blocks = out.shape[1], len(block_experts)
+    num_columns, num_blocks = out.shape[1], len(order.experts)
     values = unit or GatedUnit()
     _product_kernel[(num_blocks * triton.cdiv(num_columns, tile.block_n),)](
         x,
         weight,
         weight if bias is None else bias,
         out,
-        order,
-        block_experts,
-        num_rows,
-        ids.numel(),
+        order.pairs,
+        order.experts,
+        order.num_rows,
+        len(out),
         num_blocks,
+        tile.group,
         N=num_columns,
         K=x.shape[1],
-        PAIRS_PER_ROW=ids.numel() // len(x),
+        PAIRS_PER_ROW=len(out) // len(x),
         GATED=unit is not None,
         HAS_BIAS=bias is not None,
         ALPHA=values.alpha,
         LIMIT=values.limit,
         OFFSET=values.offset,
-        BLOCK_M=tiles.block_m,
+        BLOCK_M=order.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        GROUP=tile.group,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **early_launch(x.device),
     )
 
 

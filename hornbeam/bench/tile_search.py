@@ -1,0 +1,151 @@
+"""Searches tiles of grouped products by running them on the GPU at hand, over random experts."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from triton.runtime.errors import OutOfResources
+
+from hornbeam.ops.moe.contract import ExpertsShape, GatedUnit
+from hornbeam.ops.moe.tiles import Tile, Tiles
+from hornbeam.ops.moe.triton import multiply_pairs
+from hornbeam.ops.moe.triton_order import Order, order_by_expert
+
+_BLOCK_ROWS = (16, 32, 64, 128)
+_DRAWS = 4  # choices of experts that are timed together, so that weights do not come from the device's cache
+_REPEATS = 3
+_SHARED_MEMORY = 227 * 1024  # of a program, bytes
+_SUMS = 128  # per thread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Product:
+    """One product of the pairs of some tokens, for several draws of their experts."""
+
+    x: Tensor
+    weight: Tensor
+    out: Tensor
+    orders: Sequence[Order]
+    unit: GatedUnit | None
+
+    def launch(self, tile: Tile) -> None:
+        for order in self.orders:
+            multiply_pairs(self.x, self.weight, None, self.out, order, tile, self.unit)
+
+
+class TileSearch:
+    """Random experts of a shape, and times of their products."""
+
+    def __init__(self, shape: ExpertsShape) -> None:
+        draw = partial(torch.randn, dtype=shape.dtype, device=shape.device)
+        self._shape = shape
+        self._gate_up = draw(shape.num_experts, 2 * shape.intermediate_size, shape.hidden_size)
+        self._down = draw(shape.num_experts, shape.hidden_size, shape.intermediate_size)
+
+    def compile(self) -> None:
+        """Compile all candidates, several at a time, since that takes longer than to run them."""
+        jobs = [
+            (case.launch, tile)
+            for block_m in _BLOCK_ROWS
+            for case, tiles in zip(self._cases(1, block_m), self._candidates(block_m), strict=True)
+            for tile in tiles
+            if tile.group == 1
+        ]
+        _runs(*jobs[0])  # alone, since a kernel sets itself up once
+        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.synchronize) as pool:  # makes a context current
+            list(tqdm(pool.map(lambda job: _runs(*job), jobs), total=len(jobs), desc="Kernels compiled"))
+
+    def best(self, num_tokens: int) -> Tiles:
+        """The best tiles: for each number of rows in a block, of one product and of the other."""
+        found: list[tuple[float, Tiles]] = []
+        per_expert = num_tokens * self._shape.top_k / self._shape.num_experts
+        for block_m in _BLOCK_ROWS:
+            if block_m == 16 or per_expert / 4 <= block_m <= 8 * per_expert:
+                gate_up, down = self._cases(num_tokens, block_m)
+                gate_up_tiles, down_tiles = self._candidates(block_m)
+                gate_up_seconds, gate_up_tile = _fastest(gate_up.launch, gate_up_tiles)
+                down_seconds, down_tile = _fastest(down.launch, down_tiles)
+                tiles = Tiles(block_m=block_m, gate_up=gate_up_tile, down=down_tile)
+                found.append((gate_up_seconds + down_seconds, tiles))
+        seconds, tiles = min(found, key=lambda entry: entry[0])
+        tqdm.write(f"{num_tokens} tokens: {seconds / _DRAWS * 1e6:.0f} us, {tiles}")
+        return tiles
+
+    def _cases(self, num_tokens: int, block_m: int) -> tuple[_Product, _Product]:
+        """Gate and up, down."""
+        shape, device = self._shape, self._shape.device
+        torch.manual_seed(0)
+        draws = (torch.rand(num_tokens, shape.num_experts, device=device) for _ in range(_DRAWS))
+        ids = (draw.topk(shape.top_k).indices.int() for draw in draws)
+        orders = [order_by_expert(of_tokens, shape.num_experts, block_m) for of_tokens in ids]
+        x = torch.randn(num_tokens, shape.hidden_size, dtype=shape.dtype, device=device)
+        inner = x.new_empty(num_tokens * shape.top_k, shape.intermediate_size).normal_()
+        out = x.new_empty(num_tokens * shape.top_k, shape.hidden_size)
+        return (
+            _Product(x=x, weight=self._gate_up, out=torch.empty_like(inner), orders=orders, unit=shape.unit),
+            _Product(x=inner, weight=self._down, out=out, orders=orders, unit=None),
+        )
+
+    def _candidates(self, block_m: int) -> tuple[list[Tile], list[Tile]]:
+        """Of gate and up, of down."""
+        itemsize = self._shape.dtype.itemsize
+        return candidates(block_m, 2, itemsize), candidates(block_m, 1, itemsize)
+
+
+def candidates(block_m: int, parts: int, itemsize: int) -> list[Tile]:
+    """Tiles worth a try for blocks of `block_m` rows, of a product with `parts` outputs per column."""
+    if block_m < 64:
+        settings = product((32, 64, 128), (64, 128, 256), (1, 16), (4, 8), (3, 5))
+    else:
+        settings = product((64, 128, 256), (64, 128), (1, 16), (4, 8), (3, 4))
+    tiles = [Tile(block_n=n, block_k=k, group=g, num_warps=warps, num_stages=s) for n, k, g, warps, s in settings]
+    return [tile for tile in tiles if _fits(tile, block_m, parts, itemsize)]
+
+
+def _fits(tile: Tile, block_m: int, parts: int, itemsize: int) -> bool:
+    """Whether stages fit in shared memory, sums in registers, and each warp has enough to do."""
+    weights = parts * tile.block_n * tile.block_k
+    shared = tile.num_stages * (weights + block_m * tile.block_k) * itemsize
+    sums = parts * tile.block_n * block_m / (32 * tile.num_warps)
+    return shared <= _SHARED_MEMORY and sums <= _SUMS and weights >= 2048 * tile.num_warps
+
+
+def _fastest(launch: Callable[[Tile], None], tiles: Sequence[Tile]) -> tuple[float, Tile]:
+    return min(((_seconds(launch, tile), tile) for tile in tiles), key=lambda timed: timed[0])
+
+
+def _runs(launch: Callable[[Tile], None], tile: Tile) -> bool:
+    """Launch; whether the device has the resources."""
+    try:
+        launch(tile)
+    except OutOfResources:
+        return False
+    return True
+
+
+def _seconds(launch: Callable[[Tile], None], tile: Tile) -> float:
+    """The least time on the device, as a graph, so that launching does not count; infinite if it cannot run."""
+    if not _runs(launch, tile):
+        return float("inf")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        launch(tile)
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    times: list[float] = []
+    for _ in range(_REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)) / 1000)
+    return min(times)
