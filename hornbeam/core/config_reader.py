@@ -61,9 +61,10 @@ class ConfigReader:
     def dtype(self) -> str:
         """Of the checkpoint's numbers."""
         dtype = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
-        if dtype not in _DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        if name not in _DTYPES:
             raise ConfigError(f"the config's dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
-        return str(dtype)
+        return name
 
     def _value(self, name: str, default: Any) -> Any:
         value = self.values.get(name)

@@ -12,23 +12,36 @@ from hornbeam.core.errors import ConfigError
 _SLIDING = {"sliding_attention": True, "full_attention": False}
 
 
-def parse_windows(read: ConfigReader, slides: Sequence[bool], context_len: int) -> tuple[int | None, ...]:
-    """The window of each layer: `sliding_window` in the layers that `layer_types` names, without it in `slides`.
+def parse_slides(read: ConfigReader, slides: Sequence[bool]) -> tuple[bool, ...]:
+    """Whether each layer is of the kind that has a window: by `layer_types`, without it as in `slides`.
 
     Raises:
-        ConfigError: the settings are malformed, or name kinds of layers other than sliding and full attention.
+        ConfigError: kinds of layers other than sliding and full attention, or not as many as layers.
+    """
+    kinds = read.values.get("layer_types")
+    if kinds is None:
+        return tuple(slides)
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != len(slides)
+        or not all(isinstance(kind, str) and kind in _SLIDING for kind in kinds)
+    ):
+        raise ConfigError(f"the config's layer_types must be {len(slides)} of {', '.join(_SLIDING)}, not {kinds!r}")
+    return tuple(_SLIDING[kind] for kind in kinds)
+
+
+def parse_windows(read: ConfigReader, slides: Sequence[bool], context_len: int) -> tuple[int | None, ...]:
+    """The window of each layer: `sliding_window` in those that `parse_slides` finds, if it hides anything.
+
+    Raises:
+        ConfigError: the settings are malformed.
     """
     if read.values.get("sliding_window") is None:
         return (None,) * len(slides)
     window = read.size("sliding_window")
-    if window >= context_len:  # then it hides nothing
+    if window >= context_len:
         return (None,) * len(slides)
-    kinds = read.values.get("layer_types")
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != len(slides) or not all(kind in _SLIDING for kind in kinds):
-            raise ConfigError(f"the config's layer_types must be {len(slides)} of {', '.join(_SLIDING)}, not {kinds!r}")
-        slides = [_SLIDING[kind] for kind in kinds]
-    return tuple(window if slide else None for slide in slides)
+    return tuple(window if slide else None for slide in parse_slides(read, slides))
 
 
 def attention_specs(

@@ -57,8 +57,10 @@ class DecoderConfig(ModelConfig):
         return attention_specs(self.windows, self.num_kv_heads, self.head_dim, self.dtype)
 
 
-def read_decoder(read: ConfigReader) -> dict[str, Any]:
+def read_decoder(read: ConfigReader, *, partial_rotary: bool = False) -> dict[str, Any]:
     """The fields of `DecoderConfig` that every Hugging Face config of a decoder states in the same way.
+
+    partial_rotary: see `parse_rope`.
 
     Raises:
         ConfigError: something is missing or malformed.
@@ -69,7 +71,7 @@ def read_decoder(read: ConfigReader) -> dict[str, Any]:
     if num_heads % num_kv_heads:
         raise ConfigError(f"the config's {num_heads} heads do not divide over {num_kv_heads} key-value heads")
     context_len = read.size("max_position_embeddings")
-    rope = parse_rope(read, head_dim, context_len)
+    rope = parse_rope(read, head_dim, context_len, partial=partial_rotary)
     if isinstance(rope.scaling, YarnScaling):
         context_len = max(context_len, int(rope.scaling.factor * rope.scaling.original_context_len))
     return {

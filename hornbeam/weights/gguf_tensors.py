@@ -124,7 +124,7 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
         if f"{architecture}.{theirs}" in metadata
     }
     if config.get("sliding_window") == 0:
-        del config["sliding_window"]  # none
+        config["sliding_window"] = None
     if isinstance(config.get("sliding_window_pattern"), list):  # for each layer, whether it has a window
         slides = config.pop("sliding_window_pattern")
         config["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
@@ -135,6 +135,7 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
         "dtype": _DTYPES.get(embedding.type_name, "bfloat16"),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_out_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
     }
     return config | _rope_scaling(file, architecture) | special_ids(file)

@@ -23,12 +23,13 @@ class GemmaAttention(nn.Module):
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         parts = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-        self.qkv = Linear(config.hidden_size, parts, context, split="out")
+        bias = config.attention_bias
+        self.qkv = Linear(config.hidden_size, parts, context, bias=bias, split="out")
         self.norm: QueryKeyNorm | None = None
         if config.row.qk_norm:
             self.norm = QueryKeyNorm(heads, kv_heads, head_dim, config.rms_norm_eps, context, per_head=True, wide=True)
         self.attend = Attention(layer, heads, kv_heads, head_dim, context)
-        self.output = Linear(heads * head_dim, (config.hidden_size,), context, split="in")
+        self.output = Linear(heads * head_dim, (config.hidden_size,), context, bias=bias, split="in")
 
     def forward(self, x: Tensor, rotary: Rotary, positions: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -85,7 +86,7 @@ class GemmaModel(nn.Module):
             Rotary(rope_table(rope.dim, rope.theta, rope.scaling, context.context_len), context)
             for rope in (config.rope, config.window_rope)
         )
-        self._rotaries = tuple(full if width is None else window for width in config.windows)
+        self._rotaries = tuple(window if slides else full for slides in config.slides)
         # These models were trained with the factor rounded to the weights' format.
         self._embedding_factor = float(torch.tensor(config.hidden_size**0.5, dtype=context.dtype))
         self._logits_soft_cap = config.logits_soft_cap

@@ -11,9 +11,9 @@ from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.config_reader import ConfigReader
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import ModelConfig, Placement
-from hornbeam.core.windows import attention_specs, parse_windows
+from hornbeam.core.windows import attention_specs, parse_slides, parse_windows
 from hornbeam.models.gemma.weights import ALIASES, UNREAD, weight_map
-from hornbeam.ops.rope.scaling import RopeSettings, parse_rope
+from hornbeam.ops.rope.scaling import RopeSettings, parse_rope, parse_ropes
 
 if TYPE_CHECKING:
     from hornbeam.layers.context import BuildContext
@@ -27,7 +27,7 @@ class Row:
     interval: int  # each so-many-th layer sees everything
     qk_norm: bool = False
     window_rope: bool = False  # windowed layers turn by settings of their own
-    attention_soft_cap: float | None = None
+    attention_soft_cap: float | None = None  # None: scores are not capped, whatever the config says
     logits_soft_cap: float | None = None
     text_part: bool = False  # the checkpoint holds more than text: that is under names of its own, and left out
     # GGUF files hold norms as the factors they are, and tell how products are scaled by the number of layers alone:
@@ -44,8 +44,9 @@ ROWS: dict[str, Row] = {
     "gguf:gemma2": replace(_SECOND, gguf_largest=46),
     "gguf:gemma3": replace(_THIRD, gguf_largest=62),
 }
+_DEFAULTS = {"sliding_window": 4096}  # what configs may leave out
 # What published configs leave out of their text part
-_TEXT_DEFAULTS = {
+_TEXT_DEFAULTS = _DEFAULTS | {
     "vocab_size": 262208,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -61,6 +62,8 @@ class GemmaConfig(ModelConfig):
     row: Row
     intermediate_size: int
     rms_norm_eps: float
+    attention_bias: bool  # of all its projections
+    slides: tuple[bool, ...]  # whether each layer is of the kind with a window
     windows: tuple[int | None, ...]  # of each layer; None: it sees everything
     rope: RopeSettings  # of layers that see everything
     window_rope: RopeSettings
@@ -78,10 +81,9 @@ class GemmaFamily:
         """Read a Hugging Face config. Raises ConfigError for what is missing, malformed or not implemented."""
         architecture = str(hf_config["architectures"][0])
         row = ROWS[architecture]
-        read = _text_part(hf_config) if row.text_part else ConfigReader(hf_config)
+        read = _text_part(hf_config) if row.text_part else ConfigReader(_DEFAULTS | dict(hf_config))
         read.only("hidden_activation", "gelu_pytorch_tanh")
-        for setting, supported in (("attention_bias", False), ("use_bidirectional_attention", False)):
-            read.only(setting, supported)
+        read.only("use_bidirectional_attention", False)
         ConfigReader(hf_config).only("quantization_config", None)
         num_layers, hidden_size = read.size("num_hidden_layers"), read.size("hidden_size")
         num_heads = read.size("num_attention_heads")
@@ -91,6 +93,7 @@ class GemmaFamily:
         context_len = read.size("max_position_embeddings")
         scale_divisor = hidden_size / num_heads if num_layers == row.gguf_largest else head_dim
         interval = read.size("sliding_window_pattern", row.interval)
+        slides = parse_slides(read, [(layer + 1) % interval != 0 for layer in range(num_layers)])
         rope, window_rope = _ropes(read, row, head_dim, context_len)
         return GemmaConfig(
             architecture=architecture,
@@ -103,11 +106,13 @@ class GemmaFamily:
             head_dim=head_dim,
             dtype=read.dtype(),
             attention_scale=read.number("query_pre_attn_scalar", scale_divisor) ** -0.5,
-            attention_soft_cap=_cap(read, "attn_logit_softcapping", row.attention_soft_cap),
+            attention_soft_cap=row.attention_soft_cap and _cap(read, "attn_logit_softcapping", row.attention_soft_cap),
             row=row,
             intermediate_size=read.size("intermediate_size"),
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-            windows=parse_windows(read, [(layer + 1) % interval != 0 for layer in range(num_layers)], context_len),
+            attention_bias=read.switch("attention_bias"),
+            slides=slides,
+            windows=parse_windows(read, slides, context_len),
             rope=rope,
             window_rope=window_rope,
             tie_word_embeddings=read.switch("tie_word_embeddings", True),
@@ -150,16 +155,7 @@ def _ropes(read: ConfigReader, row: Row, head_dim: int, context_len: int) -> tup
     """Of layers that see everything, and of those with a window."""
     if not row.window_rope:
         return (parse_rope(read, head_dim, context_len),) * 2
-    each = read.section("rope_parameters")  # since transformers 5 a section for each kind of layers
-    full = {
-        "rope_theta": read.number("rope_theta", 1e6),
-        **read.section("rope_scaling").values,
-        **each.section("full_attention").values,
-    }
-    window = {"rope_theta": read.number("rope_local_base_freq", 1e4), **each.section("sliding_attention").values}
-    settings = (ConfigReader({"rope_parameters": values}) for values in (full, window))
-    full_rope, window_rope = (parse_rope(values, head_dim, context_len) for values in settings)
-    return full_rope, window_rope
+    return parse_ropes(read, head_dim, context_len, theta=1e6, window_theta=1e4)
 
 
 def _cap(read: ConfigReader, name: str, default: float | None) -> float | None:

@@ -51,5 +51,6 @@ def weight_map(config: "GemmaConfig") -> dict[str, Placement]:
         for source, target in norms.items():
             places[f"{theirs}.{source}.weight"] = norm(f"{ours}.{target}.weight")
         for source, (target, part) in _PROJECTIONS.items():
-            places[f"{theirs}.{source}.weight"] = Placement(parameter=f"{ours}.{target}.weight", part=part)
+            for kind in ("weight", "bias") if config.attention_bias and "attn" in source else ("weight",):
+                places[f"{theirs}.{source}.{kind}"] = Placement(parameter=f"{ours}.{target}.{kind}", part=part)
     return places

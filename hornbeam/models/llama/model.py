@@ -10,6 +10,7 @@ from hornbeam.layers.decoder import Decoder, DecoderBlock
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.mlp import GatedMLP
 from hornbeam.layers.norm import normed_linear
+from hornbeam.ops.rope.frequencies import rope_table
 
 if TYPE_CHECKING:
     from hornbeam.models.llama.spec import LlamaConfig
@@ -52,12 +53,18 @@ class LlamaModel(Decoder):
         block = PostNormBlock if config.post_norm else LlamaBlock
         super().__init__(config, (block(config, layer, context) for layer in range(config.num_layers)), context)
         self._config = config
+        rotaries = {config.rope: self.rotary}
+        for rope in config.ropes:
+            if rope is not None and rope not in rotaries:
+                table = rope_table(rope.dim, rope.theta, rope.scaling, context.context_len)
+                rotaries[rope] = Rotary(table, context)
+        self._rotaries = tuple(None if rope is None else rotaries[rope] for rope in config.ropes)
 
     def forward(self, ids: Tensor, positions: Tensor, fwd: Forward) -> Tensor:
         """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm."""
         x, residual = scaled(self.embed(ids, fwd), self._config.embedding_multiplier), None
-        for layer, rotates in zip(self.layers, self._config.rotary_layers, strict=True):
-            x, residual = layer(x, residual, self.rotary if rotates else None, positions, fwd)
+        for layer, rotary in zip(self.layers, self._rotaries, strict=True):
+            x, residual = layer(x, residual, rotary, positions, fwd)
         return self.norm(x, residual)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.config_reader import ConfigReader
 from hornbeam.core.family import Placement
-from hornbeam.core.windows import parse_windows
+from hornbeam.core.windows import parse_slides, parse_windows
 from hornbeam.layers.decoder_config import DecoderConfig, read_decoder
 from hornbeam.models.llama.rows import ROWS, Layout, Row
 from hornbeam.models.llama.weights import weight_map
+from hornbeam.ops.rope.scaling import RopeSettings, parse_ropes
 
 if TYPE_CHECKING:
     from hornbeam.layers.context import BuildContext
@@ -27,7 +28,7 @@ class LlamaConfig(DecoderConfig):
     layout: Layout  # of the checkpoint's projections
     paired_rotation: bool  # of the checkpoint's queries and keys
     intermediate_size: int
-    rotary_layers: tuple[bool, ...]  # whether each layer rotates
+    ropes: tuple[RopeSettings | None, ...]  # how each layer rotates, if it does
     mlp_bias: bool
     post_norm: bool  # norms behind attention and MLP instead of before them
     embedding_multiplier: float
@@ -42,12 +43,11 @@ class LlamaFamily:
 
     def parse(self, hf_config: Mapping[str, Any]) -> LlamaConfig:
         """Read a Hugging Face config. Raises ConfigError for what is missing, malformed or not implemented."""
-        read = ConfigReader(hf_config)
-        architecture = str(hf_config["architectures"][0])
-        row = ROWS.get(architecture, Row())
+        row = ROWS.get(str(hf_config["architectures"][0]), Row())
+        read = ConfigReader({**row.defaults, **hf_config})
         _refuse_other_mathematics(read)
-        shared = read_decoder(read)
-        rotary_layers = _rotary_layers(read, row, shared["num_layers"])
+        shared = read_decoder(read, partial_rotary=row.partial_rotary)
+        ropes, windows = _layers(read, row, shared)
         attention_bias = read.switch("attention_bias")
         multiplier = _multipliers(read) if row.multipliers else {}
         return LlamaConfig(
@@ -56,11 +56,11 @@ class LlamaFamily:
             layout=row.layout,
             paired_rotation=row.paired_rotation,
             intermediate_size=read.size("intermediate_size"),
-            rotary_layers=rotary_layers,
-            windows=_windows(read, row, rotary_layers, shared["context_len"]),
-            tie_word_embeddings=read.switch("tie_word_embeddings", row.tied_head),
+            ropes=ropes,
+            windows=windows,
+            tie_word_embeddings=read.switch("tie_word_embeddings"),
             qkv_bias=attention_bias if row.qkv_bias is None else row.qkv_bias,
-            output_bias=attention_bias and row.qkv_bias is None,
+            output_bias=row.qkv_bias is None and read.switch("attention_out_bias", attention_bias),
             mlp_bias=read.switch("mlp_bias"),
             qk_norm=row.qk_norm,
             post_norm=row.post_norm,
@@ -103,23 +103,43 @@ def _multipliers(read: ConfigReader) -> dict[str, float]:
     return {name: read.number(name, 1.0) for name in names}
 
 
-def _windows(read: ConfigReader, row: Row, rotary_layers: tuple[bool, ...], context_len: int) -> tuple[int | None, ...]:
-    num_layers = len(rotary_layers)
-    if row.windows == "all":
-        return parse_windows(read, (True,) * num_layers, context_len)
-    if not read.switch("use_sliding_window"):
-        return (None,) * num_layers
-    if row.windows == "plain":
-        return parse_windows(read, [not rotates for rotates in rotary_layers], context_len)
-    first = read.size("max_window_layers", 28, least=0)
-    return parse_windows(read, [layer >= first for layer in range(num_layers)], context_len)
+def _layers(
+    read: ConfigReader, row: Row, shared: Mapping[str, Any]
+) -> tuple[tuple[RopeSettings | None, ...], tuple[int | None, ...]]:
+    """How each layer rotates, and its window."""
+    num_layers, context_len, full = shared["num_layers"], shared["context_len"], shared["rope"]
+    rotates = _listed_rotations(read, num_layers) if row.plain == "listed" else (True,) * num_layers
+    if row.windows in ("last", "plain") and not read.switch("use_sliding_window"):
+        return tuple(full if turns else None for turns in rotates), (None,) * num_layers
+    slides = parse_slides(read, _slides(read, row, rotates)) if read.values.get("sliding_window") else ()
+    window_rope = full
+    if row.window_rope:
+        full, window_rope = parse_ropes(read, shared["head_dim"], context_len, theta=full.theta)
+    ropes = [window_rope if slide else full for slide in slides] or [full] * num_layers
+    if slides and row.plain == "full":
+        rotates = slides
+    windows = parse_windows(read, slides or (False,) * num_layers, context_len)
+    return tuple(rope if turns else None for rope, turns in zip(ropes, rotates, strict=True)), windows
 
 
-def _rotary_layers(read: ConfigReader, row: Row, num_layers: int) -> tuple[bool, ...]:
+def _slides(read: ConfigReader, row: Row, rotates: tuple[bool, ...]) -> list[bool]:
+    """Which layers have a window, if the config does not list them."""
+    layers = range(len(rotates))
+    match row.windows:
+        case "all" | "none":
+            return [row.windows == "all" for _ in layers]
+        case "most":
+            interval = read.size("sliding_window_pattern", 4)
+            return [(layer + 1) % interval != 0 for layer in layers]
+        case "last":
+            return [layer >= read.size("max_window_layers", 28, least=0) for layer in layers]
+        case "plain":
+            return [not turns for turns in rotates]
+
+
+def _listed_rotations(read: ConfigReader, num_layers: int) -> tuple[bool, ...]:
     """The config lists 1 for layers that rotate (under `no_rope_layers`), or leaves out every so-many-th."""
-    if row.plain_layer_interval is None:
-        return (True,) * num_layers
     if read.values.get("no_rope_layers") is not None:
         return tuple(flag != 0 for flag in read.numbers("no_rope_layers", num_layers))
-    interval = read.size("no_rope_layer_interval", row.plain_layer_interval)
+    interval = read.size("no_rope_layer_interval", 4)
     return tuple((layer + 1) % interval != 0 for layer in range(num_layers))

@@ -74,19 +74,49 @@ class RopeSettings:
     scaling: RopeScaling | None = None
 
 
-def parse_rope(config: ConfigReader, head_dim: int, context_len: int) -> RopeSettings:
+def parse_rope(config: ConfigReader, head_dim: int, context_len: int, *, partial: bool = False) -> RopeSettings:
     """A config's rotary settings: `rope_parameters` holds all since transformers 5, before they were several keys.
+
+    partial: the model heeds `partial_rotary_factor`; most rotate whole heads whatever it says.
 
     Raises:
         ConfigError: something is missing, malformed or not implemented.
     """
     rope = config.section("rope_parameters", "rope_scaling")
     theta = rope.number("rope_theta", config.number("rope_theta", _DEFAULT_THETA))
-    share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)) if partial else 1.0
     dim = config.size("rotary_dim", int(head_dim * share))
     if dim > head_dim or dim % 2:
         raise ConfigError(f"rotary_dim = {dim} must be even and at most the head size {head_dim}")
     return RopeSettings(dim=dim, theta=theta, scaling=_parse_scaling(config, rope, dim, context_len))
+
+
+def parse_ropes(
+    config: ConfigReader, head_dim: int, context_len: int, *, theta: float, window_theta: float | None = None
+) -> tuple[RopeSettings, RopeSettings]:
+    """The rotary settings of layers that see everything, and of those with a window, where each kind has its own.
+
+    Since transformers 5 each kind has a section in `rope_parameters`; before, scaling was of the former kind alone.
+
+    Args:
+        config: the model's.
+        head_dim: features of a head.
+        context_len: positions of the model.
+        theta: of a config that names none.
+        window_theta: likewise, of layers with a window; None: theirs is the others'.
+
+    Raises:
+        ConfigError: something is missing, malformed or not implemented.
+    """
+    each = config.section("rope_parameters")
+    theta = config.number("rope_theta", theta)
+    window_theta = config.number("rope_local_base_freq", window_theta or theta)
+    full = {"rope_theta": theta, **config.section("rope_scaling").values, **each.section("full_attention").values}
+    window = {"rope_theta": window_theta, **each.section("sliding_attention").values}
+    full_rope, window_rope = (
+        parse_rope(ConfigReader({"rope_parameters": values}), head_dim, context_len) for values in (full, window)
+    )
+    return full_rope, window_rope
 
 
 def _parse_scaling(config: ConfigReader, rope: ConfigReader, dim: int, context_len: int) -> RopeScaling | None:

@@ -37,6 +37,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "gemma2": {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0},
     "gemma2, no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
     "gemma2, window over everything": {"sliding_window": 256, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text, window over everything, biases": {"sliding_window": 256, "attention_bias": True},
+    "gemma3_text, a cap that does not count": {"sliding_window_pattern": 3, "attn_logit_softcapping": 0.5},
     "gemma3_text": {"sliding_window_pattern": 2},
     "gemma3_text, own layers": {"layer_types": ["full_attention", *["sliding_attention"] * 3]},
     "gemma3_text, ropes, own head": {

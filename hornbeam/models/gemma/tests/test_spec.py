@@ -98,7 +98,6 @@ def test_gguf_files_alone_hold_norms_as_they_are() -> None:
     [
         ({"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
-        ({"attention_bias": True}, "attention_bias = True"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "do not divide"),
         ({"final_logit_softcapping": -1}, "final_logit_softcapping must be a positive number"),

@@ -21,6 +21,7 @@ LONG = {
     "long_factor": [1.0, 2.0, 4.0, 8.0],
 }
 GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.0}
+LAYER_TYPES = ["full_attention", "sliding_attention", "full_attention"]
 ROWS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama, tied head": {"tie_word_embeddings": True},
@@ -36,6 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 32,
         }
     },
+    "llama, partial factor that does not count": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "llama, linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
     "llama, dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
     "llama, yarn rope": {"rope_parameters": YARN},
@@ -56,7 +58,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "phi3, longrope": {"rope_parameters": LONG, "original_max_position_embeddings": 32},
     "granite": GRANITE,
     "olmo2": {},
+    "olmo3": {"num_hidden_layers": 4, "sliding_window": 7, "rope_scaling": YARN, "rope_theta": 1e4},
+    "exaone4": {"num_hidden_layers": 4, "sliding_window": 7},
+    "exaone4, wide window": {"sliding_window": 300, "sliding_window_pattern": 2},
+    "ministral": {"sliding_window": 9, "head_dim": 24, "layer_types": LAYER_TYPES},
     "seed_oss": {"head_dim": 24},
+    "seed_oss, other biases": {"head_dim": 24, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
 }
 
 
@@ -119,7 +126,7 @@ def test_every_weight_matters(checkpoint: Path) -> None:
         expected = model(ids).logits[0, -1].log_softmax(-1)
         for name, parameter in model.named_parameters():
             saved = parameter.clone()
-            parameter.mul_(1.1).add_(0.01)
+            parameter.mul_(1.1).add_(0.02 * torch.randn_like(parameter))
             moved = (model(ids).logits[0, -1].log_softmax(-1) - expected).abs().max()
             parameter.copy_(saved)
             assert moved > 1e-3 or name.endswith("k_proj.bias"), name

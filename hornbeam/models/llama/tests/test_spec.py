@@ -60,7 +60,10 @@ def test_both_spellings_of_rotary_settings(settings: dict[str, Any], theta: floa
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "rotary scaling 'spiral'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
         ({"rope_scaling": "linear"}, "must be an object"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.4}}, "rotary_dim = 3"),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_parameters": {"partial_rotary_factor": 0.4}},
+            "rotary_dim = 3",
+        ),
         ({"rotary_dim": 16}, "rotary_dim = 16"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": 2}}, "list of 4 numbers"),
         ({"sliding_window": 0}, "sliding_window must be a positive integer"),
@@ -111,6 +114,9 @@ def test_what_is_not_implemented_is_refused_by_name(settings: dict[str, Any], re
             },
             (32, None, None),
         ),
+        ("LlamaForCausalLM", {"sliding_window": 32}, (None, None, None)),  # a leftover of the model it was made of
+        ("MinistralForCausalLM", {"sliding_window": 32}, (32, 32, 32)),
+        ("Exaone4ForCausalLM", {"sliding_window": 32, "sliding_window_pattern": 2}, (32, None, 32)),
         (
             "SmolLM3ForCausalLM",
             {"sliding_window": 32, "use_sliding_window": True, "no_rope_layers": [1, 0, 1]},
@@ -134,8 +140,15 @@ def test_yarn_widens_the_context() -> None:
 @pytest.mark.pure
 def test_what_a_row_says_where_the_config_does_not() -> None:
     config = FAMILY.parse(BASE | {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 5})
-    assert config.rotary_layers == (True, True, True, False, True)
+    assert [rope is not None for rope in config.ropes] == [True, True, True, False, True]
     assert config.tie_word_embeddings
+
+
+@pytest.mark.pure
+def test_settings_that_configs_leave_out() -> None:
+    assert FAMILY.parse(BASE | {"architectures": ["Qwen3ForCausalLM"]}).head_dim == 128
+    seed = FAMILY.parse(BASE | {"architectures": ["SeedOssForCausalLM"], "head_dim": None})
+    assert (seed.head_dim, seed.qkv_bias, seed.output_bias) == (8, True, False)
 
 
 @pytest.mark.pure
