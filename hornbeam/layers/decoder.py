@@ -1,6 +1,7 @@
 """The decoder that most families share: pre-norm blocks of grouped-query attention and what stands behind it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from hornbeam.layers.mla import LatentAttention
 from hornbeam.layers.mlp import GatedMLP
 from hornbeam.layers.norm import RMSNorm, normed_linear
 from hornbeam.ops.rope.frequencies import rope_table
+from hornbeam.ops.rope.scaling import RopeSettings
 
 
 class DecoderBlock(nn.Module):
@@ -58,8 +60,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
         tied = self.embed if config.tie_word_embeddings else None
         self.head = Head(config.vocab_size, config.hidden_size, context, tied)
-        rope = config.rope
-        self.rotary = Rotary(rope_table(rope.dim, rope.theta, rope.scaling, context.context_len), context)
+        self.rotary = _make_rotary(config.rope, context)
 
     def forward(self, ids: Tensor, positions: Tensor, fwd: Forward) -> Tensor:
         """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm."""
@@ -71,3 +72,17 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, H] -> [R, V]."""
         return self.head(hidden)
+
+
+def make_rotaries(
+    ropes: Sequence[RopeSettings | None],
+    context: BuildContext,
+    made: Mapping[RopeSettings, Rotary] = MappingProxyType({}),
+) -> tuple[Rotary | None, ...]:
+    """The rotation of each layer, None for those that rotate nothing; equal ones are shared, with `made` too."""
+    rotaries = {rope: made.get(rope) or _make_rotary(rope, context) for rope in set(ropes) if rope is not None}
+    return tuple(None if rope is None else rotaries[rope] for rope in ropes)
+
+
+def _make_rotary(rope: RopeSettings, context: BuildContext) -> Rotary:
+    return Rotary(rope_table(rope.dim, rope.theta, rope.scaling, context.context_len), context)

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from hornbeam.layers.attention import Attention, Rotary
 from hornbeam.layers.context import BuildContext
+from hornbeam.layers.decoder import make_rotaries
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.linear import Embedding, Head, Linear
 from hornbeam.layers.norm import QueryKeyNorm, RMSNorm
-from hornbeam.ops.rope.frequencies import rope_table
 
 if TYPE_CHECKING:
     from hornbeam.models.gemma.spec import GemmaConfig
@@ -82,11 +82,8 @@ class GemmaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context, wide=True)
         tied = self.embed if config.tie_word_embeddings else None
         self.head = Head(config.vocab_size, config.hidden_size, context, tied)
-        full, window = (
-            Rotary(rope_table(rope.dim, rope.theta, rope.scaling, context.context_len), context)
-            for rope in (config.rope, config.window_rope)
-        )
-        self._rotaries = tuple(window if slides else full for slides in config.slides)
+        ropes = [config.window_rope if slides else config.rope for slides in config.slides]
+        self._rotaries = make_rotaries(ropes, context)
         # These models were trained with the factor rounded to the weights' format.
         self._embedding_factor = float(torch.tensor(config.hidden_size**0.5, dtype=context.dtype))
         self._logits_soft_cap = config.logits_soft_cap

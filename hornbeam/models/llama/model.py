@@ -6,11 +6,10 @@ from torch import Tensor
 
 from hornbeam.layers.attention import Rotary
 from hornbeam.layers.context import BuildContext
-from hornbeam.layers.decoder import Decoder, DecoderBlock
+from hornbeam.layers.decoder import Decoder, DecoderBlock, make_rotaries
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.mlp import GatedMLP
 from hornbeam.layers.norm import normed_linear
-from hornbeam.ops.rope.frequencies import rope_table
 
 if TYPE_CHECKING:
     from hornbeam.models.llama.spec import LlamaConfig
@@ -53,12 +52,7 @@ class LlamaModel(Decoder):
         block = PostNormBlock if config.post_norm else LlamaBlock
         super().__init__(config, (block(config, layer, context) for layer in range(config.num_layers)), context)
         self._config = config
-        rotaries = {config.rope: self.rotary}
-        for rope in config.ropes:
-            if rope is not None and rope not in rotaries:
-                table = rope_table(rope.dim, rope.theta, rope.scaling, context.context_len)
-                rotaries[rope] = Rotary(table, context)
-        self._rotaries = tuple(None if rope is None else rotaries[rope] for rope in config.ropes)
+        self._rotaries = make_rotaries(config.ropes, context, {config.rope: self.rotary})
 
     def forward(self, ids: Tensor, positions: Tensor, fwd: Forward) -> Tensor:
         """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm."""
