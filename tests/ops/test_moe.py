@@ -122,6 +122,7 @@ def test_the_kernels_sum_as_the_reference(device, choice, unit, bias):
     pytest.importorskip("triton")
     from hornbeam.ops.moe.tiles import Tile, Tiles
     from hornbeam.ops.moe.triton import TritonExperts
+    from hornbeam.ops.moe.triton_rows import run_few_tokens
 
     experts = make_experts(6, 72, 40, torch.float32, device, bias)
     ids = CHOICES[choice].int().to(device)
@@ -131,6 +132,10 @@ def test_the_kernels_sum_as_the_reference(device, choice, unit, bias):
     small = Tile(block_n=32, block_k=32, group=2, num_warps=4, num_stages=2)
     out = TritonExperts(shape).run(x, weights, ids, experts, Tiles(block_m=16, gate_up=small, down=small))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    few = slice(5)
+    if len(ids):
+        out = run_few_tokens(x[few], weights[few], ids[few], experts, unit)
+        torch.testing.assert_close(out, expected[few], atol=1e-5, rtol=1e-5)
 
 
 def test_the_kernels_in_half_precision_with_the_default_tiles(device, dtype):

@@ -15,18 +15,12 @@ from hornbeam.ops.launch import early_launch
 from hornbeam.ops.moe.contract import Experts, ExpertsShape, ExpertWeights, GatedUnit
 from hornbeam.ops.moe.tiles import TableKey, Tile, Tiles, load_table
 from hornbeam.ops.moe.triton_order import Order, order_by_expert
+from hornbeam.ops.moe.triton_rows import run_few_tokens
+from hornbeam.ops.moe.triton_unit import gated
 from hornbeam.ops.query import OpQuery
 
+_FEW_TOKENS = 1  # so many are taken pair by pair
 _SUM_BLOCK = 1024
-
-
-@triton.jit
-def _gated(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
-    """See `GatedUnit`; float32."""
-    if LIMIT is not None:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-    return (up + OFFSET) * gate / (1.0 + tl.exp(-ALPHA * gate))
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks", "group_size"])
@@ -92,8 +86,7 @@ def _product_kernel(
         if GATED:
             up_total += tl.load(biases + N, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     if GATED:
-        dtype = out_ptr.dtype.element_ty  # rounds where the reference does
-        total = _gated(total.to(dtype).to(tl.float32), up_total.to(dtype).to(tl.float32), ALPHA, LIMIT, OFFSET)
+        total = gated(total, up_total, ALPHA, LIMIT, OFFSET, out_ptr.dtype.element_ty)
     places = out_ptr + pairs.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(places, total.to(out_ptr.dtype.element_ty), mask=valid[:, None] & in_columns[None, :])
 
@@ -143,6 +136,8 @@ class TritonExperts:
 
     def __call__(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights) -> Tensor:
         """See `Experts`."""
+        if 0 < len(x) <= _FEW_TOKENS:
+            return run_few_tokens(x, weights, ids, experts, self._shape.unit)
         return self.run(x, weights, ids, experts, self._table.of(x.shape[0]))
 
     def run(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, tiles: Tiles) -> Tensor:
