@@ -5,11 +5,13 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hornbeam import Engine, __version__
 from hornbeam.bench.datasets import DATASET_FLAGS, TEXT_DATASETS, add_dataset_flags, draw_samples
+from hornbeam.bench.expert_counts import counted_experts
 from hornbeam.bench.offline import Measurement, measure
 from hornbeam.bench.profile import ProfiledEngine, traced
 from hornbeam.bench.report import append_json, show
@@ -30,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
         HornbeamError: a flag is wrong, the engine could not start, or an answer is wrong.
     """
     values = _parser().parse_flags(argv)
-    names, scale, json_path, profile, trace = (
-        values.pop(name) for name in ("workload", "scale", "json", "profile", "profile_trace")
+    names, scale, json_path, profile, trace, counts = (
+        values.pop(name) for name in ("workload", "scale", "json", "profile", "profile_trace", "count_experts")
     )
     if not 0 < scale <= 1:
         raise ConfigError(f"--scale must be above 0 and at most 1, not {scale}")
@@ -49,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         lens = tuple(sample.num_output for sample in samples)
         return [Workload(name=own.dataset_name, prompts=prompts, output_lens=lens, temperature=0.0)]
 
-    run_offline(workloads, scale, json_path, user, profile, trace)
+    run_offline(workloads, scale, json_path, user, profile, trace, counts)
     return 0
 
 
@@ -60,6 +62,7 @@ def run_offline(
     user: dict[str, Any],
     profile: bool = False,
     trace: Path | None = None,
+    counts: bool = False,
 ) -> None:
     """Measure on an engine with the checked flags `user`; print, and append to `json_path`.
 
@@ -70,6 +73,7 @@ def run_offline(
         user: checked flags.
         profile: also tell where the time goes.
         trace: also write a trace of torch's profiler there.
+        counts: also tell how many distinct experts layers took.
 
     Raises:
         HornbeamError: the engine could not start, or an answer is wrong.
@@ -77,13 +81,17 @@ def run_offline(
     user = {**user, "skip_tokenizer_init": True}
     set_up_logging(user.get("log_level", "warning"), "bench")
     started = time.perf_counter()
-    with ProfiledEngine(user) if profile else Engine(**user) as engine:
+    with counted_experts() if counts else nullcontext() as counter:
+        engine = ProfiledEngine(user) if profile else Engine(**user)
+    with engine:
         startup_seconds = round(time.perf_counter() - started, 2)
         info = engine.get_server_info()
         show(f"hornbeam {__version__}, {info['model_path']}, {info['device_name']}, ready in {startup_seconds:.1f} s")
         workloads = draw(info)
         for workload in warm_up(scale):
             measure(engine, workload)
+        if counter is not None:
+            counter.take()
         show(_ROW.format(*_TITLES))
         results = []
         run = {"startup_seconds": startup_seconds, "scale": scale, "device": info["device_name"]}
@@ -93,6 +101,9 @@ def run_offline(
                 measurement = measure(engine, workload)
             show(_table_row(measurement))
             results.append(measurement.as_json() | run)
+            if counter is not None and (experts := counter.take()) is not None:
+                show(experts.line())
+                results[-1]["experts"] = asdict(experts)
             if split is not None:
                 show(split.table())
                 results[-1]["profile"] = split.as_json()
@@ -116,6 +127,7 @@ def _parser() -> FlagParser:
         "--json", "--result-filename", type=Path, metavar="FILE", help="Append the JSON lines to this file, too."
     )
     parser.add_argument("--profile", action="store_true", help="Tell where time goes: device, CPU by stage, bubbles.")
+    parser.add_argument("--count-experts", action="store_true", help="Tell how many distinct experts layers took.")
     parser.add_argument(
         "--profile-trace", type=Path, metavar="FILE", help="Run the first workload again under torch's profiler."
     )

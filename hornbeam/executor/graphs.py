@@ -92,7 +92,9 @@ class DecodeGraphs:
                 GroupForward(rows=self._state.cache_rows(group, slots, positions), decode=attend, prefill=None)
                 for group, attend in enumerate(attends)
             ]
-            hidden = self._runner.model(self._ids[:size], positions, self._runner.forward(size, groups))
+            padding = slots == self._state.num_slots if size > 1 else None
+            fwd = self._runner.forward(size, groups, padding)
+            hidden = self._runner.model(self._ids[:size], positions, fwd)
             return self._runner.model.logits(hidden)
 
         return run

@@ -97,9 +97,9 @@ class Runner:
         num_decode = len(batch.decode_slots)
         return self.model.logits(torch.cat((hidden[:num_decode], hidden[batch.sample_rows])))
 
-    def forward(self, num_decode: int, groups: Sequence[GroupForward]) -> Forward:
+    def forward(self, num_decode: int, groups: Sequence[GroupForward], padding: Tensor | None = None) -> Forward:
         """What the layers get to see."""
-        return Forward(num_decode=num_decode, caches=self._caches, groups=tuple(groups))
+        return Forward(num_decode=num_decode, caches=self._caches, groups=tuple(groups), padding=padding)
 
     def plan_decode(
         self,

@@ -32,5 +32,6 @@ class Forward:
     caches: tuple[LayerCache, ...]  # by layer
     groups: tuple[GroupForward, ...]  # by cache group
     input_embeds: Tensor | None = None  # [T, H]: taken instead of looking the ids up
+    padding: Tensor | None = None  # [T] bool: rows that stand for no token; None: there is none
     adapters: Tensor | None = None  # [T] adapter slot of each token; None: no adapter in this step
     collect_layers: tuple[int, ...] = ()  # layers whose hidden rows are wanted

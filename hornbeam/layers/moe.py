@@ -159,7 +159,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, H]."""
-        weights, ids = self._routing.route(self.gate(x, fwd), self._rule, self.correction, self.expert_map)
+        logits = self.gate(x, fwd)
+        weights, ids = self._routing.route(logits, self._rule, self.correction, self.expert_map, fwd.padding)
         arrived = self._exchange.dispatch(x, weights, ids)
         out = self._exchange.combine(self.experts(*arrived))
         return out if self.shared is None else out + self.shared(x, fwd)

@@ -69,12 +69,12 @@ class Probes:
         self._wait()
 
     def experts(self, backend: ExpertsBackend) -> None:
-        """A token with one expert, the only one."""
+        """Two tokens, which take the first expert with all their slots: no other has weights."""
         mixture, hidden = self._mixture(), self._query.hidden_size
         zeros, inner = self._zeros, mixture.intermediate_size
         shape = ExpertsShape(
-            num_experts=1,
-            top_k=1,
+            num_experts=mixture.num_experts,
+            top_k=mixture.top_k,
             hidden_size=hidden,
             intermediate_size=inner,
             unit=GatedUnit(),
@@ -82,8 +82,8 @@ class Probes:
             device=self._device,
         )
         weights = ExpertWeights(gate_up=zeros(1, 2 * inner, hidden), down=zeros(1, hidden, inner))
-        ids = self._integers(1, 1, dtype=torch.int32)
-        backend.create(shape)(zeros(1, hidden), torch.ones(1, 1, device=self._device), ids, weights)
+        ids = self._integers(2, mixture.top_k, dtype=torch.int32)
+        backend.create(shape)(zeros(2, hidden), torch.ones(ids.shape, device=self._device), ids, weights)
         self._wait()
 
     def routing(self, backend: Routing) -> None:

@@ -54,7 +54,7 @@ FIELDS = {
     """,
 }
 TORCH_FIELDS = {
-    "hornbeam.layers.forward:Forward": "adapters caches collect_layers groups input_embeds num_decode",
+    "hornbeam.layers.forward:Forward": "adapters caches collect_layers groups input_embeds num_decode padding",
     "hornbeam.layers.forward:GroupForward": "decode prefill rows",
 }
 

@@ -5,6 +5,8 @@ tokens, so that the kernels can run inside a graph: the order has room for the w
 actual end return at once. Nothing depends on the order in which programs run.
 """
 
+from functools import cached_property
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from torch import Tensor
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import early_launch
 from hornbeam.ops.moe.contract import Experts, ExpertsShape, ExpertWeights, GatedUnit
-from hornbeam.ops.moe.tiles import TableKey, Tile, Tiles, load_table
+from hornbeam.ops.moe.tiles import TableKey, Tile, Tiles, TileTable, load_table
 from hornbeam.ops.moe.triton_order import Order, order_by_expert
 from hornbeam.ops.moe.triton_rows import run_few_tokens
 from hornbeam.ops.moe.triton_unit import gated
@@ -123,6 +125,11 @@ class TritonExperts:
 
     def __init__(self, shape: ExpertsShape) -> None:
         self._shape = shape
+
+    @cached_property
+    def _table(self) -> TileTable:
+        """Looked for when it is first needed."""
+        shape = self._shape
         on_gpu = shape.device.type == "cuda"
         key = TableKey(
             num_experts=shape.num_experts,
@@ -132,7 +139,7 @@ class TritonExperts:
             device=torch.cuda.get_device_name(shape.device) if on_gpu else shape.device.type,
             dtype=str(shape.dtype).removeprefix("torch."),
         )
-        self._table = load_table(key)
+        return load_table(key)
 
     def __call__(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights) -> Tensor:
         """See `Experts`."""
