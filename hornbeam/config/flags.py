@@ -80,8 +80,9 @@ FLAGS: tuple[Flag, ...] = (
         name="quantization",
         group="model",
         default="unquant",
-        choices=("unquant", "w8a8_int8", "bf16"),
-        help="Of products on CPUs. w8a8_int8: rounded integers; bf16: bfloat16. Costs: `hornbeam bench fidelity`.",
+        choices=("unquant", "fp8", "w8a8_int8", "bf16"),
+        help="Of products. fp8: eight-bit floats in blocks, rounded as they are loaded (a model that has such weights "
+        "needs no flag). On CPUs also w8a8_int8: rounded integers; bf16: bfloat16. Costs: `hornbeam bench fidelity`.",
     ),
     Flag(name="context_length", group="model", type=int, help="Tokens of prompt and output together, at most."),
     Flag(

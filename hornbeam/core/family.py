@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from hornbeam.core.cache_spec import CacheSpec
+from hornbeam.core.fp8 import Fp8Format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class ModelConfig:
     latent_dim: int | None = None  # values are the first features of the cached keys (latent attention); None: they
     # are cached beside them
     mixture: MixtureShape | None = None  # None: the model is dense
+    fp8: Fp8Format | None = None  # of the weights of products; None: they are as `dtype` says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,11 @@ import torch
 from hornbeam.cache.pool import CachePool, page_bytes
 from hornbeam.cache.sizes import PageShares
 from hornbeam.comm.grid import Grid
-from hornbeam.config.components import EngineOptions
+from hornbeam.config.components import EngineOptions, ModelOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import ConfigError, FamilyUnavailable, HornbeamError
 from hornbeam.core.family import ModelConfig, ModelFamily
+from hornbeam.core.fp8 import Fp8Format
 from hornbeam.executor.executor import Executor
 from hornbeam.executor.runner import NUM_LANES, GroupAttention, Runner
 from hornbeam.executor.state import SlotState
@@ -29,6 +30,7 @@ from hornbeam.platforms.contract import Platform
 from hornbeam.quant.contract import QUANTIZATIONS, Packing
 from hornbeam.sampling.sampler import Sampler
 from hornbeam.weights.checkpoint import Checkpoint
+from hornbeam.weights.fp8 import keep_listed_plain
 from hornbeam.weights.load import draw_dummy, load_weights
 
 logger = logging.getLogger(__name__)
@@ -51,17 +53,17 @@ def build_executor(
     Raises:
         ConfigError: weights that do not fit the model, or no room for a cache.
     """
-    config = dataclasses.replace(config, dtype=options.model.dtype)
+    stored, config = config.fp8, _as_wanted(config, options.model)
     specs = family.cache_specs(config)
     wanted = options.executor
     query = _query(config, specs, options, platform)
     kernels = choose_kernels(query, wanted.decode_attention_backend, wanted.prefill_attention_backend)
     name = options.model.quantization
-    packing = None if name == "unquant" else QUANTIZATIONS.choose(query, name).value.create(query)
+    packing = None if name in ("unquant", "fp8") else QUANTIZATIONS.choose(query, name).value.create(query)
     started = time.perf_counter()
     with _told(platform, "the weights", "use a smaller model or more memory"), platform.tagged("weights"):
         model = platform.submit(
-            lambda: _value(_load(family, config, checkpoint, options, kernels, packing, platform))
+            lambda: _value(_load(family, config, stored, checkpoint, options, kernels, packing, platform))
         ).result()
     logger.info("weights are on %s after %.1f s", platform.facts().device, time.perf_counter() - started)
 
@@ -90,6 +92,14 @@ def build_executor(
         with _told(platform, "the decode graphs", advice), platform.tagged("graphs"):
             executor.capture(options.executor.graph_batch_sizes)
     return BuiltExecutor(executor=executor, specs=specs, num_pages=num_pages)
+
+
+def _as_wanted(config: ModelConfig, options: ModelOptions) -> ModelConfig:
+    """The config with the number formats that the user asks for."""
+    if config.fp8 is not None and options.quantization not in ("unquant", "fp8"):
+        raise ConfigError(f"the model's weights are eight-bit floats: drop --quantization {options.quantization}")
+    fp8 = Fp8Format() if config.fp8 is None and options.quantization == "fp8" else config.fp8
+    return dataclasses.replace(config, dtype=options.dtype, fp8=fp8)
 
 
 @contextmanager
@@ -121,6 +131,7 @@ def _query(config: ModelConfig, specs: tuple[CacheSpec, ...], options: EngineOpt
         soft_cap=config.attention_soft_cap,
         sinks=config.attention_sinks,
         latent_dim=config.latent_dim,
+        fp8=config.fp8 is not None,
         hidden_size=config.hidden_size,
         mixture=config.mixture,
     )
@@ -151,6 +162,7 @@ def _attention(kernels: Kernels, shape: AttentionShape, max_rows: int) -> GroupA
 def _load(
     family: ModelFamily,
     config: ModelConfig,
+    stored: Fp8Format | None,
     checkpoint: Checkpoint,
     options: EngineOptions,
     kernels: Kernels,
@@ -163,6 +175,7 @@ def _load(
         dtype=getattr(torch, config.dtype),
         device=platform.device,
         context_len=options.model.context_len,
+        fp8=config.fp8,
         packing=packing,
     )
     load = getattr(family, "load", None)
@@ -173,12 +186,14 @@ def _load(
         raise
     except Exception as error:  # its spec could be imported, but its model is broken
         raise FamilyUnavailable(family.name, error) from error
+    if stored is not None:
+        keep_listed_plain(model, family.weight_map(config), stored, context.dtype)
     if dummy:
         draw_dummy(model, options.model.seed)
     elif load is None:
         aliases = getattr(family, "aliases", {})
-        load_weights(model, checkpoint, family.weight_map(config), _unread(family, config), aliases)
-    if packing is not None and not any(isinstance(module, Linear) for module in model.modules()):
+        load_weights(model, checkpoint, family.weight_map(config), _unread(family, config), aliases, stored)
+    if (packing or config.fp8) is not None and not any(isinstance(module, Linear) for module in model.modules()):
         raise ConfigError("the products of this model are not Hornbeam's, and cannot be rounded: drop --quantization")
     refresh_derived(model)
     return model.eval()

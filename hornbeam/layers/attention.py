@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.decoder_config import DecoderConfig
 from hornbeam.layers.forward import Forward
-from hornbeam.layers.linear import Linear, empty_parameter
-from hornbeam.layers.norm import QueryKeyNorm
+from hornbeam.layers.head_norm import QueryKeyNorm
+from hornbeam.layers.linear import Linear
+from hornbeam.layers.parameters import empty_parameter
 from hornbeam.ops.qkv.contract import HeadNorms, Rotation
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from hornbeam.comm.grid import Grid
+from hornbeam.core.fp8 import Fp8Format
 from hornbeam.ops.kernels import Kernels
 from hornbeam.quant.contract import Packing
 
@@ -18,4 +19,5 @@ class BuildContext:
     dtype: torch.dtype
     device: torch.device
     context_len: int  # positions that may occur
+    fp8: Fp8Format | None = None  # of the weights of products; None: they are as `dtype` says
     packing: Packing | None = None  # how products keep their weights; None: as they are loaded

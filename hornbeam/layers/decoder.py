@@ -12,7 +12,7 @@ from hornbeam.layers.forward import Forward
 from hornbeam.layers.linear import Embedding, Head
 from hornbeam.layers.mla import LatentAttention
 from hornbeam.layers.mlp import GatedMLP
-from hornbeam.layers.norm import RMSNorm, normed_linear
+from hornbeam.layers.norm import RMSNorm, normed_gated, normed_linear
 from hornbeam.ops.rope.frequencies import rope_table
 from hornbeam.ops.rope.scaling import RopeSettings
 
@@ -45,8 +45,7 @@ class DecoderBlock(nn.Module):
         qkv, residual = normed_linear(self.attention_norm, self.attention.qkv, x, residual, fwd)
         x = self.attention(qkv, rotary, positions, fwd)
         if isinstance(self.mlp, GatedMLP):
-            hidden, residual = normed_linear(self.mlp_norm, self.mlp.gate_up, x, residual, fwd, self.mlp.activation)
-            return self.mlp.down(hidden, fwd), residual
+            return normed_gated(self.mlp_norm, self.mlp.gate_up, self.mlp.down, x, residual, fwd)
         return self.mlp(self.mlp_norm(x, residual), fwd), residual
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.forward import Forward
+from hornbeam.layers.parameters import empty_parameter, plain_weight, weight_parameters
+from hornbeam.ops.linear.contract import Fp8Weight, InputNorm
 from hornbeam.quant.contract import PackedWeight
 
 
@@ -20,6 +22,7 @@ class Linear(nn.Module):
 
     `parts` holds the rows of each part on this rank: checkpoint part i fills rows sum(parts[:i]) onward. `split` says
     which side is shared out over the tensor-parallel ranks, if one is; "in" needs a sum over ranks afterwards.
+    `quantized`: where the model's products have eight-bit weights, this one has, too; `scales` are those of its blocks.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class Linear(nn.Module):
         *,
         bias: bool = False,
         split: Literal["out", "in", "none"],
+        quantized: bool = True,
     ) -> None:
         super().__init__()
         axis = context.grid.attn_tp
@@ -38,24 +42,55 @@ class Linear(nn.Module):
         elif split == "out":
             parts = tuple(axis.share(part, "output features") for part in parts)
         self.parts = parts
-        rows = sum(parts)
-        self.weight = empty_parameter((rows, in_features), context)
-        self.bias = empty_parameter((rows,), context) if bias else None
+        self.quantized = quantized
+        self.weight, self.scales = weight_parameters((), parts, in_features, context, quantized=quantized)
+        self.bias = empty_parameter((sum(parts),), context) if bias else None
         self.product = context.kernels.linear
+        self._activation = context.kernels.activation
+        self._fp8 = context.kernels.fp8_linear if self.scales is not None else None
+        self._power_of_two = context.fp8 is not None and context.fp8.power_of_two
         self._packing = context.packing
         self._packed: PackedWeight | None = None
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, in_features] -> [T, sum(parts)]. `fwd` tells which adapters apply."""
+        if self._fp8 is not None:
+            return self._fp8.linear(x, self._fp8_weight(), self.bias)
         if self._packed is not None:
             return self._packed.linear(x, self.bias)
         return self.product.linear(x, self.weight, self.bias)
+
+    def gated(self, x: Tensor, fwd: Forward) -> Tensor:
+        """The same of silu(first half) * second half of x [T, 2 in_features]."""
+        if self._fp8 is not None:
+            return self._fp8.gated(x, self._fp8_weight(), self.bias)
+        return self(self._activation.silu_mul(x), fwd)
+
+    def fuses(self, num_rows: int, *, gated: bool) -> bool:
+        """Whether `normed` is worth it for so many rows."""
+        if self._fp8 is not None:
+            return 1 <= num_rows <= (self._fp8.gated_rows if gated else self._fp8.fused_rows)
+        return self._packed is None and 1 <= num_rows <= self.product.fused_rows
+
+    def normed(self, x: Tensor, residual: Tensor | None, norm: InputNorm, *, gated: bool) -> tuple[Tensor, Tensor]:
+        """See `LinearProduct.normed`."""
+        if self._fp8 is not None:
+            return self._fp8.normed(x, residual, norm, self._fp8_weight(), self.bias, gated=gated)
+        return self.product.normed(x, residual, norm, self.weight, self.bias, gated=gated)
 
     def refresh_derived(self) -> None:
         """Encode the weight as the machine computes with it, and free it. Does nothing if it is freed already."""
         if self._packing is not None and not self.weight.is_meta:
             self._packed = self._packing.pack(self.weight)
             self.weight = freed(self.weight)
+
+    def keep_plain(self, dtype: torch.dtype) -> None:
+        """Put an empty weight of `dtype` in the place of one in blocks."""
+        self.weight, self.scales, self._fp8 = plain_weight(self.weight, dtype), None, None
+
+    def _fp8_weight(self) -> Fp8Weight:
+        assert self.scales is not None
+        return Fp8Weight(values=self.weight, scales=self.scales, power_of_two=self._power_of_two)
 
 
 class Embedding(nn.Module):
@@ -111,8 +146,3 @@ def refresh_derived(model: nn.Module) -> None:
 def freed(parameter: nn.Parameter) -> nn.Parameter:
     """A parameter of the same shape without memory; to load it again, put an empty one in its place."""
     return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-
-
-def empty_parameter(shape: tuple[int, ...], context: BuildContext, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """An uninitialised parameter without gradient, in the model's number format unless `dtype` says otherwise."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype or context.dtype, device=context.device), requires_grad=False)

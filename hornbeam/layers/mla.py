@@ -11,8 +11,9 @@ from hornbeam.layers.attention import Rotary, attend_step
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.decoder_config import LatentShape
 from hornbeam.layers.forward import Forward
-from hornbeam.layers.linear import Linear, empty_parameter
+from hornbeam.layers.linear import Linear
 from hornbeam.layers.norm import RMSNorm
+from hornbeam.layers.parameters import empty_parameter
 from hornbeam.ops.linear.contract import InputNorm
 
 

@@ -15,8 +15,7 @@ class GatedMLP(nn.Module):
         parts = (intermediate_size, intermediate_size)
         self.gate_up = Linear(hidden_size, parts, context, bias=bias, split="out")
         self.down = Linear(intermediate_size, (hidden_size,), context, bias=bias, split="in")
-        self.activation = context.kernels.activation
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, H]."""
-        return self.down(self.activation.silu_mul(self.gate_up(x, fwd)), fwd)
+        return self.down.gated(self.gate_up(x, fwd), fwd)

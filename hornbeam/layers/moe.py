@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from hornbeam.core.family import MixtureShape
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.forward import Forward
-from hornbeam.layers.linear import Linear, empty_parameter
+from hornbeam.layers.linear import Linear
 from hornbeam.layers.mlp import GatedMLP
+from hornbeam.layers.parameters import empty_parameter, plain_weight, weight_parameters
 from hornbeam.ops.moe.contract import ExpertsShape, ExpertWeights, GatedUnit, RoutingRule
 
 
@@ -54,9 +55,12 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.parts = parts
-        rows = sum(parts)
-        self.weight = empty_parameter((num_experts, rows, in_features), context)
-        self.bias = empty_parameter((num_experts, rows), context) if bias else None
+        self.weight, self.scales = weight_parameters((num_experts,), parts, in_features, context)
+        self.bias = empty_parameter((num_experts, sum(parts)), context) if bias else None
+
+    def keep_plain(self, dtype: torch.dtype) -> None:
+        """Put an empty weight of `dtype` in the place of one in blocks."""
+        self.weight, self.scales = plain_weight(self.weight, dtype), None
 
 
 class RoutedExperts(nn.Module):
@@ -79,6 +83,7 @@ class RoutedExperts(nn.Module):
                 hidden_size=hidden_size,
                 intermediate_size=inner,
                 unit=unit,
+                fp8=context.fp8,
                 dtype=context.dtype,
                 device=context.device,
             )
@@ -91,6 +96,8 @@ class RoutedExperts(nn.Module):
             down=self.down.weight,
             gate_up_bias=self.gate_up.bias,
             down_bias=self.down.bias,
+            gate_up_scales=self.gate_up.scales,
+            down_scales=self.down.scales,
         )
         return self._experts(x, weights, ids, experts)
 
@@ -101,7 +108,7 @@ class SharedExpert(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, context: BuildContext, *, gated: bool) -> None:
         super().__init__()
         self.mlp = GatedMLP(hidden_size, intermediate_size, context)
-        self.share = Linear(hidden_size, (1,), context, split="none") if gated else None
+        self.share = Linear(hidden_size, (1,), context, split="none", quantized=False) if gated else None
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -147,7 +154,7 @@ class MoE(nn.Module):
         self.gate = (
             WideGate(hidden_size, mixture.num_experts, context)
             if wide_gate
-            else Linear(hidden_size, (mixture.num_experts,), context, bias=bias, split="none")
+            else Linear(hidden_size, (mixture.num_experts,), context, bias=bias, split="none", quantized=False)
         )
         self.experts = RoutedExperts(hidden_size, mixture, unit or GatedUnit(), context, bias=bias)
         self.correction = empty_parameter((mixture.num_experts,), context, torch.float32) if corrected else None

@@ -8,7 +8,7 @@ from typing import TypeVar
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION, Activation
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION, AttentionBackend
-from hornbeam.ops.linear.contract import LINEAR, LinearProduct
+from hornbeam.ops.linear.contract import FP8_LINEAR, LINEAR, Fp8Product, LinearProduct
 from hornbeam.ops.mla.contract import LATENT_ATTENTION, LATENT_ROWS, LatentRows
 from hornbeam.ops.moe.contract import EXPERTS, ROUTING, ExpertsBackend, Routing
 from hornbeam.ops.norm.contract import NORM, Norm
@@ -29,6 +29,7 @@ class Kernels:
     activation: Activation
     decode_attention: AttentionBackend
     experts: ExpertsBackend | None  # of mixtures; None: the model is dense
+    fp8_linear: Fp8Product | None  # of weights that are eight-bit floats; None: there are none
     latent_rows: LatentRows | None  # of latent attention; None: the model has another
     linear: LinearProduct
     norm: Norm
@@ -54,6 +55,7 @@ def choose_kernels(query: OpQuery, decode_attention: str = "auto", prefill_atten
         activation=_choose(ACTIVATION, query, probes.activation),
         decode_attention=_choose(decode, query, probes.attention, decode_attention),
         experts=_choose(EXPERTS, query, probes.experts) if query.mixture else None,
+        fp8_linear=_choose(FP8_LINEAR, query, probes.fp8_linear) if query.fp8 else None,
         latent_rows=_choose(LATENT_ROWS, query, probes.latent_rows) if latent else None,
         linear=_choose(LINEAR, query, probes.linear),
         norm=_choose(NORM, query, probes.norm),

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hornbeam.core.family import MixtureShape
+from hornbeam.core.fp8 import Fp8Format
 from hornbeam.ops.activation.contract import Activation
 from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape, Rows
-from hornbeam.ops.linear.contract import InputNorm, LinearProduct
+from hornbeam.ops.linear.contract import SCALE_BLOCK, Fp8Product, Fp8Weight, InputNorm, LinearProduct
 from hornbeam.ops.mla.contract import LatentRows
 from hornbeam.ops.moe.contract import ExpertsBackend, ExpertsShape, ExpertWeights, GatedUnit, Routing, RoutingRule
 from hornbeam.ops.norm.contract import Norm
@@ -78,10 +79,14 @@ class Probes:
             hidden_size=hidden,
             intermediate_size=inner,
             unit=GatedUnit(),
+            fp8=Fp8Format() if self._query.fp8 else None,
             dtype=getattr(torch, self._query.dtype),
             device=self._device,
         )
         weights = ExpertWeights(gate_up=zeros(1, 2 * inner, hidden), down=zeros(1, hidden, inner))
+        if self._query.fp8:
+            gate_up, down = self._blocks(1, 2 * inner, hidden), self._blocks(1, hidden, inner)
+            weights = ExpertWeights(gate_up=gate_up[0], down=down[0], gate_up_scales=gate_up[1], down_scales=down[1])
         ids = self._integers(2, mixture.top_k, dtype=torch.int32)
         backend.create(shape)(zeros(2, hidden), torch.ones(ids.shape, device=self._device), ids, weights)
         self._wait()
@@ -108,6 +113,14 @@ class Probes:
             backend.linear(self._zeros(num_rows, self._size), self._zeros(16, self._size), None)
         self._wait()
 
+    def fp8_linear(self, backend: Fp8Product) -> None:
+        """One row and two."""
+        values, scales = self._blocks(SCALE_BLOCK, self._size)
+        weight = Fp8Weight(values=values, scales=scales, power_of_two=False)
+        for num_rows in (1, 2):
+            backend.linear(self._zeros(num_rows, self._size), weight, None)
+        self._wait()
+
     def norm(self, backend: Norm) -> None:
         """One token, with and without a residual."""
         x, weight = self._zeros(1, self._size), self._zeros(self._size)
@@ -132,6 +145,12 @@ class Probes:
         backend.penalize(logits, zeros, self._integers(1, 64, dtype=torch.int32), ones, ones, ones)
         backend.sample(logits, ones, zeros, zeros, backend.thresholds(logits, ones, zeros + 1, ones / 2, ones / 2))
         self._wait()
+
+    def _blocks(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Values and scales of an eight-bit weight."""
+        blocks = (-(-size // SCALE_BLOCK) for size in shape[-2:])
+        values = torch.zeros(shape, dtype=torch.float8_e4m3fn, device=self._device)
+        return values, torch.ones(*shape[:-2], *blocks, device=self._device)
 
     def _mixture(self) -> MixtureShape:
         assert self._query.mixture is not None

@@ -20,4 +20,5 @@ class OpQuery:
     sinks: bool = False  # attention has a score per head that leads to no key
     latent_dim: int | None = None  # values are this front of the keys (latent attention); None: they are cached, too
     hidden_size: int = 0  # of what experts take
+    fp8: bool = False  # weights of products are eight-bit floats, see `ops.linear.contract.Fp8Weight`
     mixture: MixtureShape | None = None  # experts of this rank; None: the model is dense

@@ -15,9 +15,22 @@ from tqdm import tqdm
 
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import Placement
+from hornbeam.core.fp8 import Fp8Format
 from hornbeam.layers.linear import Linear
 from hornbeam.layers.moe import StackedLinear
+from hornbeam.layers.parameters import block_parts
 from hornbeam.weights.checkpoint import Checkpoint
+from hornbeam.weights.fp8 import (
+    SCALES,
+    draw_values,
+    drawn_scale,
+    fill_rounded,
+    in_blocks,
+    keeps_blocks,
+    read_widened,
+    scales_place,
+    scales_shape,
+)
 
 _DUMMY_DEVIATION = 0.02
 _PROGRESS_DELAY = 1.0  # seconds of loading before a bar is worth drawing
@@ -32,29 +45,43 @@ def load_weights(
     weight_map: Mapping[str, Placement],
     unread: tuple[str, ...] = (),
     aliases: Mapping[str, str] = MappingProxyType({}),
+    fp8: Fp8Format | None = None,
 ) -> None:
     """Copy each tensor of `checkpoint` to its place in `model`, converted to the parameter's dtype and device.
 
     One tensor at a time is in memory besides the model; progress is drawn on a terminal if it takes long.
     unread: beginnings of the names of tensors that may be there, and are left out.
     aliases: beginning of names in the map -> what some checkpoints have in its place.
+    fp8: of the checkpoint's weights. Where the model has such weights and the checkpoint has not, they are rounded.
 
     Raises:
         ConfigError: the checkpoint's names and shapes are not exactly those that the map and the model ask for, or a
             tensor cannot be read. Names and shapes are checked before anything is copied.
     """
     weight_map = _as_stored(weight_map, checkpoint.source.shapes(), aliases)
-    targets = {name: _target(model, placement) for name, placement in weight_map.items()}
     _check_coverage(model, weight_map)
-    shapes = {name: _shape(target, weight_map[name]) for name, target in targets.items()}
+    stored = set() if fp8 is None else in_blocks(model, weight_map, fp8)
+    kept = {name for name, place in weight_map.items() if keeps_blocks(model, place)}
+    places = {**weight_map, **{name + SCALES: scales_place(weight_map[name]) for name in stored & kept}}
+    targets = {name: _target(model, placement) for name, placement in places.items()}
+    shapes = {name: _shape(target, places[name]) for name, target in targets.items()}
+    shapes |= {name + SCALES: scales_shape(shapes[name]) for name in stored - kept}
     _check_shapes(checkpoint, shapes, unread)
     total = sum(target.nbytes for target in targets.values())
     with tqdm(
         total=total, desc="Loading weights", unit="B", unit_scale=True, delay=_PROGRESS_DELAY, disable=None
     ) as progress:
-        for name, tensor in checkpoint.source.read(targets):
-            targets[name].copy_(_transformed(tensor, weight_map[name]))
-            progress.update(targets[name].nbytes)
+        for name, tensor in read_widened(checkpoint.source, targets, stored - kept):
+            target, value = targets[name], _transformed(tensor, places[name])
+            if name in kept - stored:
+                fill_rounded(target, _target(model, scales_place(places[name])), value, power_of_two=False)
+            elif (target.dtype == torch.float8_e4m3fn) == (value.dtype == torch.float8_e4m3fn):
+                target.copy_(value)
+            else:
+                raise ConfigError(
+                    f"{name} in {checkpoint.path} is {value.dtype}, which its config's quantization_config does not say"
+                )
+            progress.update(target.nbytes)
 
 
 @torch.no_grad()
@@ -69,9 +96,14 @@ def draw_dummy(model: nn.Module, seed: int) -> None:
             parameter.fill_(1)
         elif kind == "bias":
             parameter.zero_()
+        elif kind == "scales":
+            parameter.fill_(drawn_scale(_DUMMY_DEVIATION))
         else:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7]))
+            if parameter.dtype == torch.float8_e4m3fn:
+                draw_values(parameter, generator)
+                continue
             parameter.normal_(0, _DUMMY_DEVIATION, generator=generator)
 
 
@@ -134,13 +166,16 @@ def _target(model: nn.Module, placement: Placement) -> Tensor:
         parameter, dim = (parameter, 1) if placement.expert is None else (parameter[placement.expert], 0)
     if placement.part is None or not isinstance(owner, Linear | StackedLinear):
         return parameter
-    return parameter.split_with_sizes(owner.parts, dim)[placement.part]
+    scales = placement.parameter.endswith(".scales")
+    return parameter.split_with_sizes(block_parts(owner.parts) if scales else owner.parts, dim)[placement.part]
 
 
 def _check_coverage(model: nn.Module, weight_map: Mapping[str, Placement]) -> None:
     """A family's map must fill every part of every parameter of its own model, or memory stays uninitialised."""
     sizes: dict[str, tuple[int, int]] = {}  # experts and parts
     for name, _ in model.named_parameters():
+        if name.endswith(".scales"):  # they follow their weights
+            continue
         owner = model.get_submodule(name.rpartition(".")[0])
         num_parts = len(owner.parts) if isinstance(owner, Linear | StackedLinear) else 1
         sizes[name] = owner.num_experts if isinstance(owner, StackedLinear) else 1, num_parts

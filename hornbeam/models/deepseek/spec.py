@@ -9,6 +9,7 @@ from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.config_reader import ConfigReader
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import MixtureShape, Placement
+from hornbeam.core.fp8 import read_fp8
 from hornbeam.layers.decoder_config import DecoderConfig, LatentShape, read_decoder
 from hornbeam.models.deepseek.weights import weight_map
 from hornbeam.ops.rope.scaling import YarnScaling
@@ -69,7 +70,6 @@ class DeepseekFamily:
         """Read a Hugging Face config. Raises ConfigError for what is missing, malformed or not implemented."""
         for setting, supported in (
             ("hidden_act", "silu"),
-            ("quantization_config", None),
             ("mlp_bias", False),
             ("rope_interleave", True),
         ):
@@ -87,6 +87,7 @@ class DeepseekFamily:
         layers = range(shared["num_layers"])
         scale = (latent.nope_dim + latent.rope_dim) ** -0.5
         return DeepseekConfig(
+            fp8=read_fp8(read),
             **shared | {"head_dim": latent.rank + latent.rope_dim},
             latent_dim=latent.rank,
             attention_scale=scale * _sharpness(read, shared["rope"].scaling),

@@ -9,8 +9,9 @@ from hornbeam.layers.attention import Attention, Rotary
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.decoder import make_rotaries
 from hornbeam.layers.forward import Forward
+from hornbeam.layers.head_norm import QueryKeyNorm
 from hornbeam.layers.linear import Embedding, Head, Linear
-from hornbeam.layers.norm import QueryKeyNorm, RMSNorm
+from hornbeam.layers.norm import RMSNorm
 
 if TYPE_CHECKING:
     from hornbeam.models.gemma.spec import GemmaConfig

@@ -9,7 +9,7 @@ from hornbeam.layers.context import BuildContext
 from hornbeam.layers.decoder import Decoder, DecoderBlock, make_rotaries
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.mlp import GatedMLP
-from hornbeam.layers.norm import normed_linear
+from hornbeam.layers.norm import normed_gated, normed_linear
 
 if TYPE_CHECKING:
     from hornbeam.models.llama.spec import LlamaConfig
@@ -30,8 +30,8 @@ class LlamaBlock(DecoderBlock):
         """x [T, H], residual [T, H] or None in the first layer -> the block's output and the sum up to it."""
         qkv, residual = normed_linear(self.attention_norm, self.attention.qkv, x, residual, fwd)
         x = scaled(self.attention(qkv, rotary, positions, fwd), self._multiplier)
-        hidden, residual = normed_linear(self.mlp_norm, self.mlp.gate_up, x, residual, fwd, self.mlp.activation)
-        return scaled(self.mlp.down(hidden, fwd), self._multiplier), residual
+        x, residual = normed_gated(self.mlp_norm, self.mlp.gate_up, self.mlp.down, x, residual, fwd)
+        return scaled(x, self._multiplier), residual
 
 
 class PostNormBlock(LlamaBlock):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.config_reader import ConfigReader
 from hornbeam.core.family import Placement
+from hornbeam.core.fp8 import read_fp8
 from hornbeam.core.windows import parse_slides, parse_windows
 from hornbeam.layers.decoder_config import DecoderConfig, read_decoder
 from hornbeam.models.llama.rows import ROWS, Layout, Row
@@ -52,6 +53,7 @@ class LlamaFamily:
         multiplier = _multipliers(read) if row.multipliers else {}
         return LlamaConfig(
             **shared,
+            fp8=read_fp8(read),
             attention_scale=multiplier.get("attention_multiplier"),
             layout=row.layout,
             paired_rotation=row.paired_rotation,
@@ -94,8 +96,7 @@ FAMILY = LlamaFamily()
 def _refuse_other_mathematics(read: ConfigReader) -> None:
     read.only("hidden_act", "silu")
     read.only("bias", False)
-    for unsupported in ("num_local_experts", "quantization_config"):
-        read.only(unsupported, None)
+    read.only("num_local_experts", None)
 
 
 def _multipliers(read: ConfigReader) -> dict[str, float]:

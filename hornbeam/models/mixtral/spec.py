@@ -7,6 +7,7 @@ from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.config_reader import ConfigReader
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import MixtureShape, Placement
+from hornbeam.core.fp8 import read_fp8
 from hornbeam.core.windows import parse_windows
 from hornbeam.layers.decoder_config import DecoderConfig, decoder_weights, expert_weights, read_decoder
 
@@ -24,7 +25,6 @@ class MixtralFamily:
         """Read a Hugging Face config. Raises ConfigError for what is missing, malformed or not implemented."""
         read = ConfigReader(hf_config)
         read.only("hidden_act", "silu")
-        read.only("quantization_config", None)
         shared = read_decoder(read)
         mixture = MixtureShape(
             num_experts=read.size("num_local_experts"),
@@ -35,6 +35,7 @@ class MixtralFamily:
             raise ConfigError(f"the config gives each token {mixture.top_k} of {mixture.num_experts} experts")
         return DecoderConfig(
             **shared,
+            fp8=read_fp8(read),
             windows=parse_windows(read, (True,) * shared["num_layers"], shared["context_len"]),
             mixture=mixture,
             tie_word_embeddings=read.switch("tie_word_embeddings"),

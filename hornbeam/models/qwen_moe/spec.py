@@ -8,6 +8,7 @@ from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.config_reader import ConfigReader
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import MixtureShape, Placement
+from hornbeam.core.fp8 import read_fp8
 from hornbeam.core.windows import parse_windows
 from hornbeam.layers.decoder_config import DecoderConfig, read_decoder
 from hornbeam.models.qwen_moe.weights import weight_map
@@ -53,7 +54,6 @@ class QwenMoeFamily:
         shared = read_decoder(read)
         row = ROWS[shared["architecture"]]
         read.only("hidden_act", "silu")
-        read.only("quantization_config", None)
         num_layers = shared["num_layers"]
         windows: tuple[int | None, ...] = (None,) * num_layers
         if read.switch("use_sliding_window"):
@@ -68,6 +68,7 @@ class QwenMoeFamily:
             raise ConfigError(f"the config gives each token {mixture.top_k} of {mixture.num_experts} experts")
         return QwenMoeConfig(
             **shared,
+            fp8=read_fp8(read),
             windows=windows,
             mixture=mixture,
             tie_word_embeddings=read.switch("tie_word_embeddings"),

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from hornbeam.core.fp8 import Fp8Format
 from hornbeam.core.registry import Registry
 from hornbeam.ops.query import OpQuery
 
@@ -73,6 +74,7 @@ class ExpertsShape:
     hidden_size: int
     intermediate_size: int
     unit: GatedUnit
+    fp8: Fp8Format | None = None  # of weights that have scales
     dtype: torch.dtype
     device: torch.device
 
@@ -85,6 +87,9 @@ class ExpertWeights:
     down: Tensor  # [E, H, I]
     gate_up_bias: Tensor | None = None  # [E, 2 I]
     down_bias: Tensor | None = None  # [E, H]
+    # Weights with scales are float8_e4m3fn in blocks; what they are multiplied with is rounded, as `Fp8Product` says.
+    gate_up_scales: Tensor | None = None  # [E, ceil(2 I / 128), ceil(H / 128)]
+    down_scales: Tensor | None = None  # [E, ceil(H / 128), ceil(I / 128)]
 
 
 class Experts(Protocol):

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hornbeam.core.fp8 import Fp8Format
+from hornbeam.ops.linear.contract import Fp8Weight
+from hornbeam.ops.linear.fp8_reference import BACKEND as FP8_LINEAR
 from hornbeam.ops.moe.contract import Experts, ExpertsShape, ExpertWeights, GatedUnit, RoutingRule
 from hornbeam.ops.query import OpQuery
 
@@ -72,16 +75,26 @@ class ReferenceExperts:
             if expert < 0 or not len(pairs):
                 continue
             tokens = pairs // ids.shape[1]
-            part = _expert(x[tokens], expert, experts, self._shape.unit)
+            part = _expert(x[tokens], expert, experts, self._shape)
             out.index_add_(0, tokens, part.float() * weights.flatten()[pairs, None])
         return out.to(x.dtype)
 
 
-def _expert(x: Tensor, expert: int, experts: ExpertWeights, unit: GatedUnit) -> Tensor:
-    biases = (None if bias is None else bias[expert] for bias in (experts.gate_up_bias, experts.down_bias))
-    gate_up_bias, down_bias = biases
-    inner = gated(F.linear(x, experts.gate_up[expert], gate_up_bias), unit)
-    return F.linear(inner, experts.down[expert], down_bias)
+def _expert(x: Tensor, expert: int, experts: ExpertWeights, shape: ExpertsShape) -> Tensor:
+    first = experts.gate_up, experts.gate_up_scales, experts.gate_up_bias
+    second = experts.down, experts.down_scales, experts.down_bias
+    inner = gated(_product(x, expert, *first, fp8=shape.fp8), shape.unit)
+    return _product(inner, expert, *second, fp8=shape.fp8)
+
+
+def _product(
+    x: Tensor, expert: int, weights: Tensor, scales: Tensor | None, biases: Tensor | None, *, fp8: Fp8Format | None
+) -> Tensor:
+    bias = None if biases is None else biases[expert]
+    if scales is None or fp8 is None:
+        return F.linear(x, weights[expert], bias)
+    weight = Fp8Weight(values=weights[expert], scales=scales[expert], power_of_two=fp8.power_of_two)
+    return FP8_LINEAR.linear(x, weight, bias)
 
 
 class ReferenceBackend:

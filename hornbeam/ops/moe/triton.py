@@ -5,15 +5,18 @@ tokens, so that the kernels can run inside a graph: the order has room for the w
 actual end return at once. Nothing depends on the order in which programs run.
 """
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hornbeam.core.fp8 import Fp8Format
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import early_launch
+from hornbeam.ops.linear.contract import SCALE_BLOCK
+from hornbeam.ops.linear.fp8_rounding import round_rows
 from hornbeam.ops.moe.contract import Experts, ExpertsShape, ExpertWeights, GatedUnit
 from hornbeam.ops.moe.tiles import TableKey, Tile, Tiles, TileTable, load_table
 from hornbeam.ops.moe.triton_order import Order, order_by_expert
@@ -25,10 +28,12 @@ _FEW_TOKENS = 1  # so many are taken pair by pair
 _SUM_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "group_size"])
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "group_size", "num_inputs"])
 def _product_kernel(
     x_ptr,
+    x_scales_ptr,
     weight_ptr,
+    scales_ptr,
     bias_ptr,
     out_ptr,
     order_ptr,
@@ -37,11 +42,13 @@ def _product_kernel(
     num_pairs,
     num_blocks,
     group_size,
+    num_inputs,
     N: tl.constexpr,
     K: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -50,7 +57,10 @@ def _product_kernel(
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """out[pair, :N] = x[pair // PAIRS_PER_ROW, :K] W^T + b of the pair's expert; GATED: W holds gate, then up."""
+    """out[pair, :N] = x[pair // PAIRS_PER_ROW, :K] W^T + b of the pair's expert; GATED: W holds gate, then up.
+
+    SCALED: both sides are eight-bit floats, whose scales change with each BLOCK_K features; BLOCK_N columns share them.
+    """
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -73,15 +83,34 @@ def _product_kernel(
     weights = weight_ptr + expert * (PARTS * N * K) + columns[None, :] * K + features[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up_total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SCALED:
+        NUM_GROUPS: tl.constexpr = (K + 127) // 128
+        row_scales = x_scales_ptr + pairs // PAIRS_PER_ROW
+        scales = scales_ptr + (expert * ((PARTS * N + 127) // 128) + column * BLOCK_N // 128) * NUM_GROUPS
+        row_scale = tl.load(row_scales, mask=valid, other=0.0)
+        scale = tl.load(scales)
+        up_scale = tl.load(scales + N // 128 * NUM_GROUPS) if GATED else scale
     for begin in range(0, K, BLOCK_K):
         inside = begin + features < K
         x = tl.load(rows + begin, mask=valid[:, None] & inside[None, :], other=0.0)
         mask = inside[:, None] & in_columns[None, :]
         tile = tl.load(weights + begin, mask=mask, other=0.0)
-        total += tl.dot(x, tile, input_precision="ieee")
+        if SCALED:
+            total += tl.dot(x, tile) * (row_scale * scale)[:, None]
+        else:
+            total += tl.dot(x, tile, input_precision="ieee")
         if GATED:
             tile = tl.load(weights + N * K + begin, mask=mask, other=0.0)
-            up_total += tl.dot(x, tile, input_precision="ieee")
+            if SCALED:
+                up_total += tl.dot(x, tile) * (row_scale * up_scale)[:, None]
+            else:
+                up_total += tl.dot(x, tile, input_precision="ieee")
+        if SCALED:  # those of the next features arrive while these are multiplied
+            following = tl.minimum(begin // BLOCK_K + 1, NUM_GROUPS - 1)
+            row_scale = tl.load(row_scales + following * num_inputs, mask=valid, other=0.0)
+            scale = tl.load(scales + following)
+            if GATED:
+                up_scale = tl.load(scales + N // 128 * NUM_GROUPS + following)
     if HAS_BIAS:
         biases = bias_ptr + expert * (PARTS * N) + columns
         total += tl.load(biases, mask=in_columns, other=0.0).to(tl.float32)[None, :]
@@ -137,13 +166,13 @@ class TritonExperts:
             hidden_size=shape.hidden_size,
             top_k=shape.top_k,
             device=torch.cuda.get_device_name(shape.device) if on_gpu else shape.device.type,
-            dtype=str(shape.dtype).removeprefix("torch."),
+            dtype=str(shape.dtype if shape.fp8 is None else torch.float8_e4m3fn).removeprefix("torch."),
         )
         return load_table(key)
 
     def __call__(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights) -> Tensor:
         """See `Experts`."""
-        if 0 < len(x) <= _FEW_TOKENS:
+        if 0 < len(x) <= _FEW_TOKENS and self._shape.fp8 is None:
             return run_few_tokens(x, weights, ids, experts, self._shape.unit)
         return self.run(x, weights, ids, experts, self._table.of(x.shape[0]))
 
@@ -157,9 +186,11 @@ class TritonExperts:
             return out
         order = order_by_expert(ids, shape.num_experts, tiles.block_m)
         inner = x.new_empty((ids.numel(), shape.intermediate_size))
-        multiply_pairs(x, experts.gate_up, experts.gate_up_bias, inner, order, tiles.gate_up, shape.unit)
+        multiply = partial(multiply_pairs, order=order, fp8=shape.fp8)
+        gate_up, down = (experts.gate_up, experts.gate_up_bias), (experts.down, experts.down_bias)
+        multiply(x, *gate_up, inner, tile=tiles.gate_up, unit=shape.unit, scales=experts.gate_up_scales)
         parts = x.new_empty((ids.numel(), shape.hidden_size))
-        multiply_pairs(inner, experts.down, experts.down_bias, parts, order, tiles.down)
+        multiply(inner, *down, parts, tile=tiles.down, scales=experts.down_scales)
         grid = (len(x), triton.cdiv(shape.hidden_size, _SUM_BLOCK))
         _sum_kernel[grid](
             parts,
@@ -182,18 +213,26 @@ def multiply_pairs(
     order: Order,
     tile: Tile,
     unit: GatedUnit | None = None,
+    *,
+    scales: Tensor | None = None,
+    fp8: Fp8Format | None = None,
 ) -> None:
     """One product of all pairs, [P, N]; with a unit, of gate and up, and the unit of both.
 
-    x has a row per pair, or per token.
+    x has a row per pair, or per token; it is rounded if the weight has scales.
     """
+    x_scales: Tensor | None = None
+    if scales is not None and fp8 is not None:
+        x, x_scales = round_rows(x, power_of_two=fp8.power_of_two)
     assert weight.is_contiguous()
     num_columns, num_blocks = out.shape[1], len(order.experts)
     values = unit or GatedUnit()
     _product_kernel[(num_blocks * triton.cdiv(num_columns, tile.block_n),)](
         x,
+        x_scales,
         weight,
-        weight if bias is None else bias,
+        scales,
+        bias,
         out,
         order.pairs,
         order.experts,
@@ -201,17 +240,19 @@ def multiply_pairs(
         len(out),
         num_blocks,
         tile.group,
+        len(x),
         N=num_columns,
         K=x.shape[1],
         PAIRS_PER_ROW=len(out) // len(x),
         GATED=unit is not None,
         HAS_BIAS=bias is not None,
+        SCALED=scales is not None,
         ALPHA=values.alpha,
         LIMIT=values.limit,
         OFFSET=values.offset,
         BLOCK_M=order.block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
+        BLOCK_K=tile.block_k if scales is None else SCALE_BLOCK,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **early_launch(x.device),
