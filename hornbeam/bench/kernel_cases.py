@@ -21,6 +21,7 @@ from hornbeam.ops.attention.contract import (
     PREFILL_ATTENTION,
     AttentionBackend,
     AttentionShape,
+    LatentAttend,
     Rows,
 )
 from hornbeam.ops.attention.reference import ReferenceAttention
@@ -240,6 +241,7 @@ def _attention(
         attend = attention.plan_decode(dataclasses.replace(rows, captured=True))
     else:
         attend = attention.plan_prefill(rows)
+    assert not isinstance(attend, LatentAttend)
     plain = dataclasses.replace(rows, shared=None)
     pairs = sum(
         num * length - num * (num - 1) // 2 for num, length in zip(rows.query_lens, rows.len_bounds, strict=True)

@@ -21,6 +21,19 @@ class MixtureShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSizes:
+    """Latent attention: a cached row has rank + rope_dim features, of which all heads make their keys and values.
+
+    A head's query and key have nope_dim features without positions, then rope_dim rotated ones.
+    """
+
+    rank: int  # features of the latent
+    rope_dim: int
+    nope_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """What every part may know of a model; a family's own configuration extends it."""
 
@@ -36,8 +49,7 @@ class ModelConfig:
     attention_scale: float | None = None  # of the products of queries and keys; None: head_dim ** -0.5
     attention_soft_cap: float | None = None  # c: scores x become c * tanh(x / c)
     attention_sinks: bool = False  # each layer has a score per head that takes its part of the softmax, for no key
-    latent_dim: int | None = None  # values are the first features of the cached keys (latent attention); None: they
-    # are cached beside them
+    latent: LatentSizes | None = None  # latent attention; None: keys and values are cached
     mixture: MixtureShape | None = None  # None: the model is dense
     fp8: Fp8Format | None = None  # of the weights of products; None: they are as `dtype` says
 

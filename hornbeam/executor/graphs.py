@@ -15,7 +15,7 @@ from hornbeam.core.plan import SharedPrefix, StepPlan
 from hornbeam.executor.runner import NUM_LANES, Runner
 from hornbeam.executor.state import Batch, SlotState
 from hornbeam.layers.forward import GroupForward
-from hornbeam.ops.attention.contract import Attend
+from hornbeam.ops.attention.contract import Attend, LatentAttend
 from hornbeam.platforms.contract import Platform
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class DecodeGraphs:
 
     def _plan(
         self, lane: int, size: int, len_bounds: tuple[int, ...], shared: tuple[SharedPrefix, ...] | None
-    ) -> list[Attend]:
+    ) -> list[Attend | LatentAttend]:
         """Refresh what each group's attention reads: the same addresses for a lane, size and kind every time."""
         slots, lens = self._slots[:size], self._lens[:size]
         groups = range(len(self._state.page_tables))

@@ -11,7 +11,7 @@ from hornbeam.cache.pool import CachePool
 from hornbeam.core.plan import SharedPrefix, StepPlan
 from hornbeam.executor.state import Batch, SlotState
 from hornbeam.layers.forward import Forward, GroupForward, LayerCache
-from hornbeam.ops.attention.contract import Attend, Attention, Rows
+from hornbeam.ops.attention.contract import Attend, Attention, LatentAttend, Rows
 
 NUM_LANES = 2
 
@@ -111,7 +111,7 @@ class Runner:
         shared: tuple[SharedPrefix, ...] | None,
         *,
         captured: bool,
-    ) -> Attend:
+    ) -> Attend | LatentAttend:
         """Attention of rows with one query each; rows beyond `len_bounds` are padding, of length 1."""
         padding = len(slots) - len(len_bounds)
         rows = Rows(
@@ -126,7 +126,7 @@ class Runner:
         attention = self._attention[lane][group]
         return (attention.single if len(slots) == 1 else attention.decode).plan_decode(rows)
 
-    def _plan_prefill(self, lane: int, group: int, plan: StepPlan, batch: Batch) -> Attend:
+    def _plan_prefill(self, lane: int, group: int, plan: StepPlan, batch: Batch) -> Attend | LatentAttend:
         rows = Rows(
             page_tables=self._state.page_tables[group],
             slots=batch.chunk_slots,

@@ -9,6 +9,7 @@ from hornbeam.layers.forward import Forward
 from hornbeam.layers.head_norm import QueryKeyNorm
 from hornbeam.layers.linear import Linear
 from hornbeam.layers.parameters import empty_parameter
+from hornbeam.ops.attention.contract import LatentAttend
 from hornbeam.ops.qkv.contract import HeadNorms, Rotation
 
 
@@ -87,6 +88,8 @@ def attend_step(
     """
     n, (k, v) = fwd.num_decode, fresh
     step, outputs = fwd.groups[group], []
+    assert not isinstance(step.decode, LatentAttend)
+    assert not isinstance(step.prefill, LatentAttend)
     if step.decode is not None:
         outputs.append(step.decode(q[:n], *pages, sinks))
     if step.prefill is not None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.config_reader import MAX_LAYERS, ConfigReader
 from hornbeam.core.errors import ConfigError
-from hornbeam.core.family import ModelConfig, Placement
+from hornbeam.core.family import LatentSizes, ModelConfig, Placement
 from hornbeam.core.windows import attention_specs
 from hornbeam.ops.rope.scaling import RopeSettings, YarnScaling, parse_rope
 
@@ -26,16 +26,12 @@ _MLP = {"gate_proj": ("gate_up", 0), "up_proj": ("gate_up", 1), "down_proj": ("d
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatentShape:
-    """Sizes of latent attention. A head's query has nope_dim features without positions, then rope_dim rotated ones."""
+class LatentShape(LatentSizes):
+    """A layer of latent attention."""
 
     hidden_size: int
     num_heads: int
     query_rank: int | None  # features of the queries' latent; None: queries are projected at once
-    rank: int  # features of the keys' and values' latent
-    nope_dim: int
-    rope_dim: int
-    value_dim: int  # of a head
     eps: float  # of the norms of latents
     bias: bool  # of the projections from and to hidden rows
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hornbeam.ops.attention.contract import Attend
+from hornbeam.ops.attention.contract import Attend, LatentAttend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +20,8 @@ class GroupForward:
     """One cache group's part of a step."""
 
     rows: Tensor  # [T] int64: page * S + offset where what is cached of each token goes
-    decode: Attend | None  # for the first num_decode tokens
-    prefill: Attend | None  # for the rest
+    decode: Attend | LatentAttend | None  # for the first num_decode tokens
+    prefill: Attend | LatentAttend | None  # for the rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

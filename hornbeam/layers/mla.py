@@ -1,20 +1,22 @@
-"""Multi-head latent attention of one layer, absorbed: the cache holds one row per token, which all heads share.
+"""Multi-head latent attention of one layer: the cache holds one row per token, which all heads share.
 
-Keys and values of a head would be products of the cached latent with that head's rows of `up`. Instead queries are
-multiplied by the rows for keys, and what attention gathers of latents by those for values. Knows nothing of families.
+Decode is absorbed, prefill is what was planned for the step: `ops.mla.contract` says what that means. Knows nothing of
+families.
 """
 
 import torch
 from torch import Tensor, nn
 
-from hornbeam.layers.attention import Rotary, attend_step
+from hornbeam.layers.attention import Rotary
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.decoder_config import LatentShape
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.linear import Linear
 from hornbeam.layers.norm import RMSNorm
 from hornbeam.layers.parameters import empty_parameter
+from hornbeam.ops.attention.contract import LatentAttend
 from hornbeam.ops.linear.contract import InputNorm
+from hornbeam.ops.qkv.contract import Rotation
 
 
 class UpProjection(nn.Module):
@@ -23,20 +25,19 @@ class UpProjection(nn.Module):
     def __init__(self, shape: LatentShape, num_heads: int, context: BuildContext) -> None:
         super().__init__()
         self.weight = empty_parameter((num_heads * (shape.nope_dim + shape.value_dim), shape.rank), context)
-        self._sizes = shape.nope_dim, shape.value_dim
+        self._num_heads = num_heads
 
-    def by_head(self) -> tuple[Tensor, Tensor]:
-        """Views for keys [Hq, nope, C] and for values [Hq, value, C]."""
-        keys, values = self.weight.unflatten(0, (-1, sum(self._sizes))).split(self._sizes, 1)
-        return keys, values
+    def by_head(self) -> Tensor:
+        """A view [Hq, nope + value, C]."""
+        return self.weight.unflatten(0, (self._num_heads, -1))
 
 
 class LatentAttention(nn.Module):
-    """Projections, absorption, and the attention between them."""
+    """Projections and the attention between them."""
 
     def __init__(self, shape: LatentShape, layer: int, context: BuildContext) -> None:
         super().__init__()
-        assert context.kernels.latent_rows is not None, "the config of such a model must have its latent_dim"
+        assert context.kernels.latent_rows is not None, "the config of such a model must have its latent sizes"
         num_heads = context.grid.attn_tp.share(shape.num_heads, "heads")
         query_size, row_size = num_heads * (shape.nope_dim + shape.rope_dim), shape.rank + shape.rope_dim
         # The row is needed whole on every rank, and so is the queries' latent: rows of heads alone are shared out.
@@ -52,25 +53,36 @@ class LatentAttention(nn.Module):
         self.up = UpProjection(shape, num_heads, context)
         values = shape.num_heads * shape.value_dim
         self.output = Linear(values, (shape.hidden_size,), context, bias=shape.bias, split="in")
-        self._shape = shape
         self._num_heads = num_heads
         self._layer = layer
         self._rows = context.kernels.latent_rows
 
     def forward(self, qkv: Tensor, rotary: Rotary, positions: Tensor, fwd: Forward) -> Tensor:
         """What `qkv` projected: [T, queries' latent (or queries) + C + R] -> [T, H]."""
-        shape, cache = self._shape, fwd.caches[self._layer]
         q, row = qkv.split_with_sizes(self.qkv.parts, -1)
         if self.query is not None and self.query_norm is not None:
             q = self.query(self.query_norm(q.contiguous()), fwd)
-        plain, turned = q.unflatten(-1, (self._num_heads, -1)).split((shape.nope_dim, shape.rope_dim), -1)
-        for_keys, for_values = self.up.by_head()
-        query = torch.cat((torch.bmm(plain.transpose(0, 1), for_keys).transpose(0, 1), turned), -1)
-        norm = InputNorm(weight=self.latent_norm.weight, eps=self.latent_norm.eps)
+        out = self._attend(q.unflatten(-1, (self._num_heads, -1)), row, rotary(positions), fwd)
+        return self.output(out.flatten(1), fwd)
+
+    def _attend(self, q: Tensor, row: Tensor, rotation: Rotation, fwd: Forward) -> Tensor:
+        """q [T, Hq, N + R], row [T, C + R] -> [T, Hq, V]."""
+        cache = fwd.caches[self._layer]
         (pages,) = cache.tensors
-        self._rows.store(query, row, norm, rotary(positions), pages, fwd.groups[cache.group].rows)
-        keys = row.unsqueeze(1)
-        values, value_pages = (x[..., : shape.rank] for x in (keys, pages))
-        latents = attend_step(fwd, cache.group, query, (keys, values), (pages, value_pages))
-        out = torch.bmm(latents.transpose(0, 1), for_values.transpose(1, 2))
-        return self.output(out.transpose(0, 1).flatten(1), fwd)
+        step, up = fwd.groups[cache.group], self.up.by_head()
+        norm = InputNorm(weight=self.latent_norm.weight, eps=self.latent_norm.eps)
+        prepared: list[tuple[LatentAttend, Tensor, Tensor]] = []
+        for attend, part in ((step.decode, slice(fwd.num_decode)), (step.prefill, slice(fwd.num_decode, None))):
+            if attend is None:
+                continue
+            assert isinstance(attend, LatentAttend)
+            queries, fresh = q[part], row[part]
+            turn = Rotation(table=rotation.table, positions=rotation.positions[part])
+            if attend.absorbed:
+                queries = self._rows.absorb(queries, fresh, norm, turn, pages, step.rows[part], up)
+            else:
+                self._rows.store(queries, fresh, norm, turn, pages, step.rows[part])
+            prepared.append((attend, queries, fresh))
+        # Only now, since rows of the step may lie in the prefixes of others.
+        outputs = [attend.run(queries, fresh, pages, up) for attend, queries, fresh in prepared]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -9,7 +9,7 @@ from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION, Activation
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION, AttentionBackend
 from hornbeam.ops.linear.contract import FP8_LINEAR, LINEAR, Fp8Product, LinearProduct
-from hornbeam.ops.mla.contract import LATENT_ATTENTION, LATENT_ROWS, LatentRows
+from hornbeam.ops.mla.contract import LATENT_ATTENTION, LATENT_ROWS, SINGLE_LATENT_ATTENTION, LatentRows
 from hornbeam.ops.moe.contract import EXPERTS, ROUTING, ExpertsBackend, Routing
 from hornbeam.ops.norm.contract import NORM, Norm
 from hornbeam.ops.probes import Probes
@@ -47,23 +47,24 @@ def choose_kernels(query: OpQuery, decode_attention: str = "auto", prefill_atten
         ConfigError: the named attention backend cannot serve; the message says why.
     """
     probes = Probes(query)
-    latent = query.latent_dim is not None
-    decode, prefill, single = (
-        LATENT_ATTENTION if latent else registry for registry in (DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION)
-    )
+    latent = query.latent is not None
+    attention_probe = probes.latent_attention if latent else probes.attention
+    decode, prefill, single = DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
+    if latent:
+        decode, prefill, single = LATENT_ATTENTION, LATENT_ATTENTION, SINGLE_LATENT_ATTENTION
     return Kernels(
         activation=_choose(ACTIVATION, query, probes.activation),
-        decode_attention=_choose(decode, query, probes.attention, decode_attention),
+        decode_attention=_choose(decode, query, attention_probe, decode_attention),
         experts=_choose(EXPERTS, query, probes.experts) if query.mixture else None,
         fp8_linear=_choose(FP8_LINEAR, query, probes.fp8_linear) if query.fp8 else None,
         latent_rows=_choose(LATENT_ROWS, query, probes.latent_rows) if latent else None,
         linear=_choose(LINEAR, query, probes.linear),
         norm=_choose(NORM, query, probes.norm),
-        prefill_attention=_choose(prefill, query, probes.attention, prefill_attention),
+        prefill_attention=_choose(prefill, query, attention_probe, prefill_attention),
         qkv=_choose(QKV, query, probes.qkv),
         routing=_choose(ROUTING, query, probes.routing) if query.mixture else None,
         sample=_choose(SAMPLE, query, probes.sample),
-        single_attention=_choose(single, query, probes.attention, decode_attention),
+        single_attention=_choose(single, query, attention_probe, decode_attention),
     )
 
 

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hornbeam.core.family import MixtureShape
+from hornbeam.core.family import LatentSizes, MixtureShape
 from hornbeam.core.fp8 import Fp8Format
 from hornbeam.ops.activation.contract import Activation
-from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape, Rows
+from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape, LatentAttend, Rows
 from hornbeam.ops.linear.contract import SCALE_BLOCK, Fp8Product, Fp8Weight, InputNorm, LinearProduct
 from hornbeam.ops.mla.contract import LatentRows
 from hornbeam.ops.moe.contract import ExpertsBackend, ExpertsShape, ExpertWeights, GatedUnit, Routing, RoutingRule
@@ -42,7 +42,34 @@ class Probes:
     def attention(self, backend: AttentionBackend) -> None:
         """A row that decodes, and one with two queries."""
         query = self._query
-        shape = AttentionShape(
+        attention, pages = backend.create(self._attention_shape(), max_rows=1), self._pages()
+        sinks = self._zeros(query.num_heads) if query.sinks else None
+        for plan, num_queries in ((attention.plan_decode, 1), (attention.plan_prefill, 2)):
+            attend = plan(self._attention_rows(num_queries, num_queries))
+            assert not isinstance(attend, LatentAttend)
+            attend(self._zeros(num_queries, query.num_heads, query.head_dim), pages, pages, sinks)
+        self._wait()
+
+    def latent_attention(self, backend: AttentionBackend) -> None:
+        """A row that decodes, a prompt of two tokens, and two after a long prefix."""
+        query, sizes = self._query, self._latent()
+        attention, pages = backend.create(self._attention_shape(), max_rows=1), self._pages()
+        up = self._zeros(query.num_heads, sizes.nope_dim + sizes.value_dim, sizes.rank)
+        for plan, num_queries, length in (
+            (attention.plan_decode, 1, 1),
+            (attention.plan_prefill, 2, 2),
+            (attention.plan_prefill, 2, _MAX_PAGES * query.page_size),
+        ):
+            attend = plan(self._attention_rows(num_queries, length))
+            assert isinstance(attend, LatentAttend)
+            width = query.head_dim if attend.absorbed else sizes.nope_dim + sizes.rope_dim
+            q, row = self._zeros(num_queries, query.num_heads, width), self._zeros(num_queries, query.head_dim)
+            attend.run(q, row, pages, up)
+        self._wait()
+
+    def _attention_shape(self) -> AttentionShape:
+        query = self._query
+        return AttentionShape(
             num_heads=query.num_heads,
             num_kv_heads=query.num_kv_heads,
             head_dim=query.head_dim,
@@ -51,23 +78,19 @@ class Probes:
             scale=1.0,
             window=query.window,
             soft_cap=query.soft_cap,
+            latent=query.latent,
             dtype=getattr(torch, query.dtype),
             device=self._device,
         )
-        attention = backend.create(shape, max_rows=1)
-        pages = self._pages()
-        v_pages = pages[..., : query.latent_dim]
-        sinks = self._zeros(query.num_heads) if query.sinks else None
-        for plan, num_queries in ((attention.plan_decode, 1), (attention.plan_prefill, 2)):
-            rows = Rows(
-                page_tables=self._integers(2, _MAX_PAGES, dtype=torch.int32),
-                slots=self._integers(1),
-                lens=self._integers(1, dtype=torch.int32) + num_queries,
-                len_bounds=(num_queries,),
-                query_lens=(num_queries,),
-            )
-            plan(rows)(self._zeros(num_queries, query.num_heads, query.head_dim), pages, v_pages, sinks)
-        self._wait()
+
+    def _attention_rows(self, num_queries: int, length: int) -> Rows:
+        return Rows(
+            page_tables=self._integers(2, _MAX_PAGES, dtype=torch.int32),
+            slots=self._integers(1),
+            lens=self._integers(1, dtype=torch.int32) + length,
+            len_bounds=(length,),
+            query_lens=(num_queries,),
+        )
 
     def experts(self, backend: ExpertsBackend) -> None:
         """Two tokens, which take the first expert with all their slots: no other has weights."""
@@ -98,13 +121,15 @@ class Probes:
         self._wait()
 
     def latent_rows(self, backend: LatentRows) -> None:
-        """One token."""
-        query = self._query
+        """One token, each way."""
+        query, sizes = self._query, self._latent()
         zero, row = self._integers(1), self._zeros(1, query.head_dim)
-        norm = InputNorm(weight=self._zeros(query.head_dim)[: query.latent_dim], eps=1e-6)
-        table = torch.zeros(1, query.head_dim - len(norm.weight), device=self._device)
-        q = self._zeros(1, query.num_heads, query.head_dim)
-        backend.store(q, row, norm, Rotation(table=table, positions=zero), self._pages(), zero)
+        norm = InputNorm(weight=self._zeros(sizes.rank), eps=1e-6)
+        rotation = Rotation(table=torch.zeros(1, sizes.rope_dim, device=self._device), positions=zero)
+        q = self._zeros(1, query.num_heads, sizes.nope_dim + sizes.rope_dim)
+        up = self._zeros(query.num_heads, sizes.nope_dim + sizes.value_dim, sizes.rank)
+        backend.store(q, row, norm, rotation, self._pages(), zero)
+        backend.absorb(q, row, norm, rotation, self._pages(), zero, up)
         self._wait()
 
     def linear(self, backend: LinearProduct) -> None:
@@ -151,6 +176,10 @@ class Probes:
         blocks = (-(-size // SCALE_BLOCK) for size in shape[-2:])
         values = torch.zeros(shape, dtype=torch.float8_e4m3fn, device=self._device)
         return values, torch.ones(*shape[:-2], *blocks, device=self._device)
+
+    def _latent(self) -> LatentSizes:
+        assert self._query.latent is not None
+        return self._query.latent
 
     def _mixture(self) -> MixtureShape:
         assert self._query.mixture is not None

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hornbeam.core.family import MixtureShape
+from hornbeam.core.family import LatentSizes, MixtureShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +18,7 @@ class OpQuery:
     window: int | None = None  # a query sees only the last `window` tokens
     soft_cap: float | None = None  # of attention scores
     sinks: bool = False  # attention has a score per head that leads to no key
-    latent_dim: int | None = None  # values are this front of the keys (latent attention); None: they are cached, too
+    latent: LatentSizes | None = None  # latent attention; None: keys and values are cached
     hidden_size: int = 0  # of what experts take
     fp8: bool = False  # weights of products are eight-bit floats, see `ops.linear.contract.Fp8Weight`
     mixture: MixtureShape | None = None  # experts of this rank; None: the model is dense

@@ -7,13 +7,13 @@ import pytest
 from harness import Sequence, as_tensor, make_engine
 
 from hornbeam.core.errors import ConfigError
-from hornbeam.core.family import MixtureShape
+from hornbeam.core.family import LatentSizes, MixtureShape
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
 from hornbeam.ops.kernels import choose_kernels
 from hornbeam.ops.linear.contract import LINEAR
-from hornbeam.ops.mla.contract import LATENT_ATTENTION, LATENT_ROWS
+from hornbeam.ops.mla.contract import LATENT_ATTENTION, LATENT_ROWS, SINGLE_LATENT_ATTENTION
 from hornbeam.ops.moe.contract import EXPERTS, ROUTING
 from hornbeam.ops.norm.contract import NORM
 from hornbeam.ops.probes import Probes
@@ -24,7 +24,8 @@ from hornbeam.ops.sample.contract import SAMPLE
 pytestmark = pytest.mark.cpu
 
 ATTENTION = (DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION)
-REGISTRIES = (ACTIVATION, *ATTENTION, EXPERTS, LATENT_ATTENTION, LATENT_ROWS, LINEAR, NORM, QKV, ROUTING, SAMPLE)
+LATENT = (LATENT_ATTENTION, SINGLE_LATENT_ATTENTION, LATENT_ROWS)
+REGISTRIES = (ACTIVATION, *ATTENTION, EXPERTS, *LATENT, LINEAR, NORM, QKV, ROUTING, SAMPLE)
 QUERY = OpQuery(
     device="cpu",
     dtype="float32",
@@ -35,7 +36,9 @@ QUERY = OpQuery(
     hidden_size=16,
     mixture=MixtureShape(num_experts=4, top_k=2, intermediate_size=8),
 )
-LATENT_QUERY = dataclasses.replace(QUERY, num_kv_heads=1, latent_dim=6)
+LATENT_QUERY = dataclasses.replace(
+    QUERY, num_kv_heads=1, latent=LatentSizes(rank=6, rope_dim=2, nope_dim=4, value_dim=5)
+)
 BROKEN = {
     "raises-on-import": ("raise OSError('no such driver')", "OSError: no such driver"),
     "is-not-installed": ("import nonexistent_library", "No module named 'nonexistent_library'"),
@@ -74,12 +77,16 @@ def reason(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     return reason
 
 
+def probe_name(registry: Registry) -> str:
+    if registry in ATTENTION:
+        return "attention"
+    return registry.name.removeprefix("single_")
+
+
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.name)
 def test_it_is_skipped_with_its_reason(registry: Registry, reason: str) -> None:
-    query = LATENT_QUERY if "latent" in registry.name else QUERY
-    choice = registry.choose(
-        query, probe=getattr(Probes(query), "attention" if "attention" in registry.name else registry.name)
-    )
+    query = LATENT_QUERY if registry in LATENT else QUERY
+    choice = registry.choose(query, probe=getattr(Probes(query), probe_name(registry)))
     assert choice.name != "broken"
     assert choice.skipped[0][0] == "broken"
     assert reason in choice.skipped[0][1]
@@ -102,8 +109,8 @@ def test_asked_for_by_name_it_is_refused_with_its_reason(reason: str) -> None:
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.name)
 def test_every_backend_for_a_cpu_keeps_its_word(registry: Registry) -> None:
-    query = LATENT_QUERY if registry in (LATENT_ATTENTION, LATENT_ROWS) else QUERY
-    probe = getattr(Probes(query), "attention" if "attention" in registry.name else registry.name)
+    query = LATENT_QUERY if registry in LATENT else QUERY
+    probe = getattr(Probes(query), probe_name(registry))
     kept = []
     for name in registry.names():
         try:

@@ -89,7 +89,6 @@ class DeepseekFamily:
         return DeepseekConfig(
             fp8=read_fp8(read),
             **shared | {"head_dim": latent.rank + latent.rope_dim},
-            latent_dim=latent.rank,
             attention_scale=scale * _sharpness(read, shared["rope"].scaling),
             windows=(None,) * len(layers),
             mixture=mixture,

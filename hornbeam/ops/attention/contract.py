@@ -5,13 +5,14 @@ Queries of row i are the last ones of its sequence: the query at distance j from
 last j tokens (causal). Keys and values of the whole step are written before any of it attends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hornbeam.core.family import LatentSizes
 from hornbeam.core.plan import SharedPrefix
 from hornbeam.core.registry import Registry
 from hornbeam.ops.query import OpQuery
@@ -29,6 +30,7 @@ class AttentionShape:
     scale: float  # of the dot products
     window: int | None = None  # a query sees only the last so many tokens, itself included; nothing behind is read
     soft_cap: float | None = None  # c: scores x become c * tanh(x / c)
+    latent: LatentSizes | None = None  # the one key-value head is the latent's row, of `head_dim` features
     dtype: torch.dtype
     device: torch.device
 
@@ -56,24 +58,36 @@ class Attend(Protocol):
     def __call__(
         self, q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
     ) -> Tensor:
-        """q [T, Hq, D] over k_pages and v_pages [P, S, Hk, D] -> [T, Hq, D]; for values of another size, see `ops.mla`.
+        """q [T, Hq, D] over k_pages and v_pages [P, S, Hk, D] -> [T, Hq, D].
 
         sinks: [Hq], of a model that has them (`OpQuery.sinks`): a score of each head that takes its part of the
         softmax, and adds nothing to the sum. fresh: needed if `Rows.fresh` was set.
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttend:
+    """A planned latent attention, valid as long as an `Attend`. Sizes are those of `ops.mla.contract`.
+
+    run(q, row, pages, up): q [T, Hq, C + R] if absorbed, else [T, Hq, N + R], over pages [P, S, 1, C + R] ->
+    [T, Hq, V]. row: [T, C + R], what the step has written for the queries' own tokens; up: [Hq, N + V, C].
+    """
+
+    absorbed: bool  # whether queries come multiplied by the rows of `up` that make keys
+    run: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
 class Attention(Protocol):
     """One instance per lane: two steps may be under way, and one's plan must not overwrite the other's."""
 
-    def plan_decode(self, rows: Rows) -> Attend:
+    def plan_decode(self, rows: Rows) -> Attend | LatentAttend:
         """For rows with one query each (or the same small number). Host work and uploads only.
 
         With `rows.captured`, the result for a given B is always the same object over the same addresses; the tensors
         in `rows` are then the same at each call, and their contents at the time of the replay are what counts.
         """
 
-    def plan_prefill(self, rows: Rows) -> Attend:
+    def plan_prefill(self, rows: Rows) -> Attend | LatentAttend:
         """For rows with any numbers of queries."""
 
 

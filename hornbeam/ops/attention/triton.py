@@ -159,8 +159,7 @@ class TritonAttention:
         if rows.captured and (num_rows, num_queries) in self._captured:
             return self._captured[num_rows, num_queries]
         if num_queries not in self._decode_tiles:
-            tiles = _tiles((num_queries,) * self._max_rows, num_queries)
-            self._decode_tiles[num_queries] = self._upload(tiles)
+            self._decode_tiles[num_queries] = self._upload(tiles((num_queries,) * self._max_rows, num_queries))
         programs = num_rows * self._shape.num_kv_heads
         most_keys = _MAX_SPLITS * _BLOCK_KEYS if self._shape.window is None else self._shape.window + num_queries - 1
         num_splits = min(
@@ -177,7 +176,7 @@ class TritonAttention:
         """See `Attention`."""
         group = self._shape.num_heads // self._shape.num_kv_heads
         tile_len = max(_PREFILL_BLOCK, triton.next_power_of_2(group)) // group
-        return self._attend(rows, self._upload(_tiles(rows.query_lens, tile_len)), tile_len, num_splits=1)
+        return self._attend(rows, self._upload(tiles(rows.query_lens, tile_len)), tile_len, num_splits=1)
 
     def _upload(self, tiles: list[tuple[int, int, int]]) -> Tensor:
         return torch.tensor(tiles, dtype=torch.int32).to(self._shape.device, non_blocking=True)
@@ -193,16 +192,15 @@ class TritonAttention:
             q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
         ) -> Tensor:
             assert q.stride(2) == 1
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            parts, lse = out, out
+            out = lse = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             if num_splits > 1:
                 lse = torch.empty((*q.shape[:2], num_splits), dtype=torch.float32, device=q.device)
-                parts = torch.empty((*lse.shape, shape.head_dim), dtype=torch.float32, device=q.device)
+                out = torch.empty((*lse.shape, shape.head_dim), dtype=torch.float32, device=q.device)
             _attend_kernel[(len(tiles), shape.num_kv_heads, num_splits)](
                 q,
                 k_pages,
                 v_pages,
-                parts,
+                out,
                 lse,
                 rows.page_tables,
                 rows.slots,
@@ -226,16 +224,25 @@ class TritonAttention:
                 num_stages=num_stages,
                 **early,
             )
-            if num_splits > 1:
-                _merge_kernel[(q.shape[0] * shape.num_heads,)](
-                    parts, lse, out, HEAD_DIM=shape.head_dim, NUM_SPLITS=num_splits, **early
-                )
-            return out
+            return merge_parts(out, lse, q.dtype) if num_splits > 1 else out
 
         return attend
 
 
-def _tiles(query_lens: Sequence[int], tile_len: int) -> list[tuple[int, int, int]]:
+def merge_parts(parts: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
+    """Parts [T, Hq, splits, D] float32 of attention and their log-sum-exps [T, Hq, splits] to base 2 -> [T, Hq, D].
+
+    Both numbers, of splits and of features, are powers of two.
+    """
+    num_tokens, num_heads, num_splits, head_dim = parts.shape
+    out = torch.empty((num_tokens, num_heads, head_dim), dtype=dtype, device=parts.device)
+    _merge_kernel[(num_tokens * num_heads,)](
+        parts, lse, out, HEAD_DIM=head_dim, NUM_SPLITS=num_splits, **early_launch(parts.device)
+    )
+    return out
+
+
+def tiles(query_lens: Sequence[int], tile_len: int) -> list[tuple[int, int, int]]:
     """Tiles of at most `tile_len` queries, as the kernel takes them."""
     row_begins = accumulate(query_lens, initial=0)
     return [

@@ -15,7 +15,7 @@ from torch import Tensor
 from hornbeam.core.request import Request, SamplingParams
 from hornbeam.layers.moe import MoE
 from hornbeam.models.deepseek.model import DeepseekModel
-from hornbeam.ops.mla.reference import ROWS as LATENT_ROWS
+from hornbeam.ops.mla.reference import ReferenceRows
 from hornbeam.ops.moe.reference import ReferenceRouting
 from hornbeam.ops.qkv.reference import ReferenceQkv
 
@@ -156,18 +156,18 @@ def biased_weights(model: DeepseekModel) -> None:
     each_mixture(lambda mixture: setattr(mixture, "_routing", BiasedWeights()))(model)
 
 
-class HalfSplitRows:
+class HalfSplitRows(ReferenceRows):
     """Turns features that are half the rotated part apart."""
 
     def store(self, q: Tensor, row: Tensor, norm: Any, rotation: Any, pages: Tensor, rows: Tensor) -> None:
         still = dataclasses.replace(rotation, table=rotation.table.clone())
-        half = still.table.shape[1] // 2
-        still.table[:, :half], still.table[:, half:] = 1, 0
-        LATENT_ROWS.store(q, row, norm, still, pages, rows)
-        end, spare = slice(len(norm.weight), None), torch.zeros(1, len(row), 1, 2 * half)
-        k, v = row[:, None, end], row[:, None, end].clone()
+        width = still.table.shape[1]
+        still.table[:, : width // 2], still.table[:, width // 2 :] = 1, 0
+        super().store(q, row, norm, still, pages, rows)
+        spare = torch.zeros(1, len(row), 1, width)
+        k, v = row[:, None, -width:], row[:, None, -width:].clone()
         indices = torch.arange(len(row))
-        ReferenceQkv().store(q[..., end], k, v, None, rotation, spare, spare.clone(), indices)
+        ReferenceQkv().store(q[..., -width:], k, v, None, rotation, spare, spare.clone(), indices)
         pages.flatten(0, 2)[rows] = row
 
 

@@ -47,7 +47,7 @@ OLDER = BASE | {
 def test_the_cache_holds_one_row_of_latent_and_rotated_features() -> None:
     config = FAMILY.parse(BASE)
     (spec,) = FAMILY.cache_specs(config)
-    assert (spec.row_shapes, spec.sharding, config.num_kv_heads, config.latent_dim) == (
+    assert (spec.row_shapes, spec.sharding, config.num_kv_heads, config.latent.rank) == (
         ((1, 576),),
         "replicated",
         1,

@@ -1,0 +1,256 @@
+"""From projection to attention, for latents: norm, rotation and cache write in one kernel, absorption in the same.
+
+Absorbing, a program takes some features of one head for a block of tokens; where it has the head's first ones it turns
+the head's end, too, and behind the last head stands the cached row.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.launch import early_launch
+from hornbeam.ops.linear.contract import InputNorm
+from hornbeam.ops.qkv.contract import Rotation
+from hornbeam.ops.query import OpQuery
+
+_BLOCK_TOKENS = 16  # the least that the matrix units take
+_BLOCK_FEATURES = 64  # of absorbed queries
+
+
+@triton.jit
+def _turn(x, out, table, half, inside):
+    """Turn the pairs of neighbours [tokens, half] at pointers `x`, to pointers `out`; `table`: of their cosines."""
+    cos = tl.load(table, mask=inside, other=0.0)
+    sin = tl.load(table + half, mask=inside, other=0.0)
+    first = tl.load(x, mask=inside, other=0.0)
+    second = tl.load(x + 1, mask=inside, other=0.0)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    tl.store(out, (a * cos - b * sin).to(first.dtype), mask=inside)
+    tl.store(out + 1, (b * cos + a * sin).to(first.dtype), mask=inside)
+
+
+@triton.jit
+def _store_row(
+    row,
+    row_out,
+    cell,
+    table,
+    weight_ptr,
+    present,
+    eps,
+    RANK: tl.constexpr,
+    HALF: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+):
+    """Normalise and turn the rows of some tokens, into the cache, and into their own place if IN_PLACE.
+
+    row, row_out, cell, table: [tokens, 1] pointers to a token's row, the same, its cell, its angles.
+    """
+    features = tl.arange(0, RANK_BLOCK)[None, :]
+    known = features < RANK
+    inside = present & known
+    x = tl.load(row + features, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(wide * wide, 1) / RANK + eps)[:, None]
+    weight = tl.load(weight_ptr + features, mask=known, other=0.0)
+    x = (weight.to(tl.float32) * (wide * factor).to(weight.dtype).to(tl.float32)).to(x.dtype)
+    tl.store(cell + features, x, mask=inside)
+    pairs = tl.arange(0, HALF_BLOCK)[None, :]
+    inside_pairs = present & (pairs < HALF)
+    _turn(row + RANK + 2 * pairs, cell + RANK + 2 * pairs, table + pairs, HALF, inside_pairs)
+    if IN_PLACE:
+        tl.store(row_out + features, x, mask=inside)
+        _turn(row + RANK + 2 * pairs, row_out + RANK + 2 * pairs, table + pairs, HALF, inside_pairs)
+
+
+# Views of a step's tokens begin at any of them: specialised on alignment, kernels would be compiled twice.
+_ANY_ALIGNMENT = ["positions_ptr", "rows_ptr"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def _store_kernel(
+    q_ptr,
+    row_ptr,
+    weight_ptr,
+    table_ptr,
+    positions_ptr,
+    pages_ptr,
+    rows_ptr,
+    q_stride,
+    q_head_stride,
+    row_stride,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NOPE_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Programs of a token: one for its row, then some for its heads, HEADS at a time."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    table = table_ptr + tl.load(positions_ptr + token) * (2 * HALF)
+    if part == 0:
+        one = tl.zeros([1, 1], tl.int64)
+        row = row_ptr + token * row_stride + one
+        cell = pages_ptr + tl.load(rows_ptr + token) * (RANK + 2 * HALF) + one
+        _store_row(
+            row, row, cell, table + one, weight_ptr, one == 0, eps, RANK, HALF, RANK_BLOCK, HALF_BLOCK, IN_PLACE=True
+        )
+    else:
+        heads = ((part - 1) * HEADS + tl.arange(0, HEADS))[:, None]
+        pairs = tl.arange(0, HALF_BLOCK)[None, :]
+        x = q_ptr + token * q_stride + heads * q_head_stride + NOPE_DIM + 2 * pairs
+        _turn(x, x, table + pairs + 0 * heads, HALF, (heads < NUM_HEADS) & (pairs < HALF))
+
+
+@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def _absorb_kernel(
+    q_ptr,
+    row_ptr,
+    weight_ptr,
+    table_ptr,
+    positions_ptr,
+    pages_ptr,
+    rows_ptr,
+    up_ptr,
+    out_ptr,
+    num_tokens,
+    q_stride,
+    q_head_stride,
+    row_stride,
+    up_head_stride,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NOPE_DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    HALF: tl.constexpr,
+    NOPE_BLOCK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """out: [T, NUM_HEADS, RANK + 2 HALF]; up: [NUM_HEADS, at least NOPE_DIM, RANK]."""
+    ROW: tl.constexpr = RANK + 2 * HALF
+    head, part = tl.program_id(0), tl.program_id(1)
+    features = part * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inputs = tl.arange(0, NOPE_BLOCK)
+    weights = tl.load(  # of the model, so they need not wait
+        up_ptr + tl.minimum(head, NUM_HEADS - 1).to(tl.int64) * up_head_stride + inputs[:, None] * RANK + features,
+        mask=(inputs[:, None] < NOPE_DIM) & (features < RANK),
+        other=0.0,
+    )
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tokens = (tl.program_id(2) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)[:, None]
+    present = tokens < num_tokens
+    if head < NUM_HEADS:
+        q = q_ptr + tokens * q_stride + head * q_head_stride
+        x = tl.load(q + inputs[None, :], mask=present & (inputs[None, :] < NOPE_DIM), other=0.0)
+        out = out_ptr + (tokens * NUM_HEADS + head) * ROW
+        absorbed = tl.dot(x, weights, input_precision="ieee")
+        tl.store(out + features, absorbed.to(x.dtype), mask=present & (features < RANK))
+        if part == 0:
+            pairs = tl.arange(0, HALF_BLOCK)[None, :]
+            table = table_ptr + tl.load(positions_ptr + tokens, mask=present, other=0) * (2 * HALF)
+            _turn(q + NOPE_DIM + 2 * pairs, out + RANK + 2 * pairs, table + pairs, HALF, present & (pairs < HALF))
+    elif part == 0:
+        row = row_ptr + tokens * row_stride
+        cell = pages_ptr + tl.load(rows_ptr + tokens, mask=present, other=0) * ROW
+        table = table_ptr + tl.load(positions_ptr + tokens, mask=present, other=0) * (2 * HALF)
+        _store_row(row, row, cell, table, weight_ptr, present, eps, RANK, HALF, RANK_BLOCK, HALF_BLOCK, IN_PLACE=False)
+
+
+class TritonRows:
+    """See `LatentRows`."""
+
+    def supports(self, query: OpQuery) -> str | None:
+        """CUDA devices."""
+        return needs_cuda(query)
+
+    def store(self, q: Tensor, row: Tensor, norm: InputNorm, rotation: Rotation, pages: Tensor, rows: Tensor) -> None:
+        """See `LatentRows`."""
+        _check(q, row, pages)
+        num_tokens, num_heads, width = q.shape
+        half = rotation.table.shape[1] // 2
+        heads = min(16, triton.next_power_of_2(num_heads))
+        _store_kernel[(num_tokens, 1 + triton.cdiv(num_heads, heads))](
+            q,
+            row,
+            norm.weight,
+            rotation.table,
+            rotation.positions,
+            pages,
+            rows,
+            q.stride(0),
+            q.stride(1),
+            row.stride(0),
+            norm.eps,
+            NUM_HEADS=num_heads,
+            NOPE_DIM=width - 2 * half,
+            RANK=len(norm.weight),
+            HALF=half,
+            HEADS=heads,
+            RANK_BLOCK=triton.next_power_of_2(len(norm.weight)),
+            HALF_BLOCK=triton.next_power_of_2(half),
+            num_warps=2,
+            **early_launch(q.device),
+        )
+
+    def absorb(
+        self, q: Tensor, row: Tensor, norm: InputNorm, rotation: Rotation, pages: Tensor, rows: Tensor, up: Tensor
+    ) -> Tensor:
+        """See `LatentRows`."""
+        _check(q, row, pages)
+        assert up[0].is_contiguous()
+        num_tokens, num_heads, width = q.shape
+        half, rank = rotation.table.shape[1] // 2, len(norm.weight)
+        out = q.new_empty(num_tokens, num_heads, rank + 2 * half)
+        grid = num_heads + 1, triton.cdiv(rank, _BLOCK_FEATURES), triton.cdiv(num_tokens, _BLOCK_TOKENS)
+        _absorb_kernel[grid](
+            q,
+            row,
+            norm.weight,
+            rotation.table,
+            rotation.positions,
+            pages,
+            rows,
+            up,
+            out,
+            num_tokens,
+            q.stride(0),
+            q.stride(1),
+            row.stride(0),
+            up.stride(0),
+            norm.eps,
+            NUM_HEADS=num_heads,
+            NOPE_DIM=width - 2 * half,
+            RANK=rank,
+            HALF=half,
+            NOPE_BLOCK=max(16, triton.next_power_of_2(width - 2 * half)),
+            RANK_BLOCK=triton.next_power_of_2(rank),
+            HALF_BLOCK=triton.next_power_of_2(half),
+            BLOCK=_BLOCK_FEATURES,
+            BLOCK_TOKENS=_BLOCK_TOKENS,
+            **early_launch(q.device),
+        )
+        return out
+
+
+def _check(q: Tensor, row: Tensor, pages: Tensor) -> None:
+    assert q.stride(2) == row.stride(1) == 1, "features must be adjacent"
+    assert pages.is_contiguous()
+
+
+ROWS = TritonRows()
