@@ -1,5 +1,6 @@
 """Typed access to a Hugging Face config: what a family's `parse` reads sizes, numbers and switches with."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from hornbeam.core.errors import ConfigError
 
 MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000  # a config that says more is damaged
+MAX_POSITIONS = 2**24  # float32 has no more whole numbers
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -27,7 +29,7 @@ class ConfigReader:
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number."""
         value = self._value(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ConfigError(f"the config's {name} must be a positive number, not {value!r}")
         return float(value)
 

@@ -35,6 +35,8 @@ from hornbeam.weights.load import draw_dummy, load_weights
 
 logger = logging.getLogger(__name__)
 
+_NO_MEMORY = "can't allocate memory"  # how torch says so for CPUs, where the type of the error does not tell
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltExecutor:
@@ -186,6 +188,8 @@ def _load(
     except (HornbeamError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # its spec could be imported, but its model is broken
+        if _NO_MEMORY in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
         raise FamilyUnavailable(family.name, error) from error
     if stored is not None:
         keep_listed_plain(model, family.weight_map(config), stored, context.dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hornbeam.core.cache_spec import CacheSpec
-from hornbeam.core.config_reader import MAX_LAYERS, ConfigReader
+from hornbeam.core.config_reader import MAX_LAYERS, MAX_POSITIONS, ConfigReader
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import LatentSizes, ModelConfig, Placement
 from hornbeam.core.windows import attention_specs
@@ -66,7 +66,7 @@ def read_decoder(read: ConfigReader, *, partial_rotary: bool = False) -> dict[st
     num_kv_heads = read.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise ConfigError(f"the config's {num_heads} heads do not divide over {num_kv_heads} key-value heads")
-    context_len = read.size("max_position_embeddings")
+    context_len = read.size("max_position_embeddings", most=MAX_POSITIONS)
     rope = parse_rope(read, head_dim, context_len, partial=partial_rotary)
     if isinstance(rope.scaling, YarnScaling):
         context_len = max(context_len, int(rope.scaling.factor * rope.scaling.original_context_len))

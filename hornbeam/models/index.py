@@ -85,8 +85,10 @@ def find_family(
         FamilyUnavailable: the family is switched off, or its import failed.
     """
     architectures = hf_config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        raise ConfigError("the model's config names no architectures; add them to config.json")
+    if not isinstance(architectures, list) or not architectures or not all(isinstance(x, str) for x in architectures):
+        raise ConfigError(
+            "the model's config names no architectures, or not as a list of names; add them to config.json"
+        )
     families = FAMILIES.names()
     for architecture in architectures if model_impl in ("auto", "hornbeam") else ():
         family = ARCHITECTURES.get(architecture, architecture)

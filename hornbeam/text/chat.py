@@ -1,23 +1,18 @@
-"""Renders a chat into a prompt with the model's Jinja template, in a sandbox.
-
-Offers what templates written for Hugging Face expect: `raise_exception`, `strftime_now`, a `tojson` that leaves
-characters as they are, loop controls, and `{% generation %}` as a mere bracket. Knows no model and no tokens.
-"""
+"""Renders a chat into a prompt with the model's Jinja template, in a sandbox. Knows no model and no tokens."""
 
 import functools
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.runtime import Context
 
 from hornbeam.core.errors import BadRequest, ConfigError
+from hornbeam.text.sandbox import compile_template
 
+_MAX_TURNS = 1_000_000  # of all loops of one rendering
+_TURNS = "hornbeam_turns"  # the variable that counts them
 _CUT = "\ue000continue here\ue001"  # private-use characters around it: no template reacts to them
 
 
@@ -69,7 +64,7 @@ class ChatTemplate:
             if not plain or not isinstance(plain[-1].get("content"), str):
                 raise BadRequest("continue_final_message needs a last message with text content", "messages")
             plain[-1]["content"] += _CUT
-        variables = {**self._special_tokens, **kwargs, "messages": plain, "tools": tools}
+        variables = {**self._special_tokens, **kwargs, "messages": plain, "tools": tools, _TURNS: itertools.count(1)}
         try:
             prompt = _compiled(source).render(
                 variables, add_generation_prompt=add_generation_prompt and not continue_final_message
@@ -88,31 +83,22 @@ def check_template(source: str) -> None:
     """Raises ConfigError if `source` is no Jinja template."""
     try:
         _compiled(source)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as error:
         raise ConfigError(f"the chat template is broken: {error}") from error
 
 
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
-    # The sandbox forbids private attributes, changes to the messages, and ranges over 100,000.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
+    return compile_template(source, _counted)
 
 
-class _GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's tokens for training; here it is its body."""
-
-    tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Replace the tag by what stands inside."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+@jinja2.pass_context
+def _counted(context: Context, items: Any) -> Iterator[Any]:
+    """The items of a loop; a template that never ends is stopped."""
+    for item in items:
+        if next(context[_TURNS]) > _MAX_TURNS:
+            raise jinja2.TemplateError(f"more than {_MAX_TURNS} turns of its loops")
+        yield item
 
 
 def _with_plain_content(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,21 +115,3 @@ def _part_text(part: Any) -> str:
     if not isinstance(part.get("text"), str):
         raise BadRequest("content part of type 'text' needs a string 'text'", "messages")
     return str(part["text"])
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

@@ -114,8 +114,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ConfigError(f"no tokenizer: {path} is neither a model folder nor a .gguf file")
-        return Tokenizer(read_metadata(read_gguf(path).metadata))
-    return Tokenizer(read_folder(path))
+        return _tried(Tokenizer(read_metadata(read_gguf(path).metadata)), path)
+    return _tried(Tokenizer(read_folder(path)), path)
+
+
+def _tried(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    """What the library finds wrong only when it encodes is told before anybody asks."""
+    try:
+        tokenizer.decode(tokenizer.encode("a b"))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library panics, which is no Exception
+        raise ConfigError(f"the tokenizer in {path} does not work: {error}; download it again") from error
+    return tokenizer
 
 
 def _decoder_types(decoder: Any) -> frozenset[str]:

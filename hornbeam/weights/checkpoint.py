@@ -127,7 +127,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path.parent} has no {path.name}; --model-path takes a complete Hugging Face folder, or a GGUF file"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, not {type(value).__name__}")

@@ -126,6 +126,9 @@ def _read_file(path: Path) -> GgufFile:
         raise reader.damaged(f"general.alignment is {alignment!r}")
     start = -(-reader.position // alignment) * alignment
     tensors = {info[0]: _map_tensor(reader, start, *info) for info in infos}
+    if len(tensors) < len(infos):
+        raise reader.damaged("it names a tensor twice")
+    _refuse_overlaps(reader, [(info[3], tensors[info[0]]) for info in infos], alignment)
     return GgufFile(path=path, metadata=metadata, tensors=tensors)
 
 
@@ -144,6 +147,14 @@ def _map_tensor(
             f"tensor {name} ends at byte {first + num_bytes}, but the file has {reader.mapped.size}; is it truncated?"
         )
     return GgufTensor(name=name, shape=shape, type_name=type_name, data=reader.mapped[first : first + num_bytes])
+
+
+def _refuse_overlaps(reader: "_Reader", placed: list[tuple[int, GgufTensor]], alignment: int) -> None:
+    end = 0
+    for offset, tensor in sorted(placed, key=lambda item: item[0]):
+        if offset < end or offset % alignment:
+            raise reader.damaged(f"tensor {tensor.name} begins at {offset}, inside another one or between two places")
+        end = offset + tensor.data.size
 
 
 class _Reader:

@@ -75,7 +75,9 @@ def load_weights(
             target, value = targets[name], _transformed(tensor, places[name])
             if name in kept - stored:
                 fill_rounded(target, _target(model, scales_place(places[name])), value, power_of_two=False)
-            elif (target.dtype == torch.float8_e4m3fn) == (value.dtype == torch.float8_e4m3fn):
+            elif value.is_floating_point() and (target.dtype == torch.float8_e4m3fn) == (
+                value.dtype == torch.float8_e4m3fn
+            ):
                 target.copy_(value)
             else:
                 raise ConfigError(

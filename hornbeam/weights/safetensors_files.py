@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _INDEX = "model.safetensors.index.json"
+_POINTER, _LARGEST_POINTER = b"version https://git-lfs", 1024  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,4 +92,6 @@ def _opened(path: Path, framework: str) -> Iterator[Any]:
         with safe_open(path, framework=framework) as file:
             yield file
     except (OSError, SafetensorError) as error:
+        if path.is_file() and path.stat().st_size < _LARGEST_POINTER and path.read_bytes().startswith(_POINTER):
+            raise ConfigError(f"{path} is a pointer of git-lfs, not the file itself: run git lfs pull") from error
         raise ConfigError(f"cannot read {path}: {error}; is it truncated? Download it again") from error

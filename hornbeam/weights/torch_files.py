@@ -53,8 +53,11 @@ def _open(path: Path) -> Mapping[str, "Tensor"]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # what is raised depends on where the damage is
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if "weights_only" in reason:  # torch would have code in the file run
+            reason = "it holds more than plain tensors (code in weight files is not run), or is damaged"
         raise ConfigError(f"cannot read {path} as weights: {reason}; is it truncated? Download it again") from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    tensors: dict[str, Tensor] = dict(content) if isinstance(content, Mapping) else {"": content}
+    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()):
         raise ConfigError(f"{path} must hold tensors by name and nothing else")
-    return content
+    return tensors

@@ -30,10 +30,10 @@ def test_the_first_known_architecture_counts() -> None:
     assert find_family({"architectures": ["Unheard", "LlamaForCausalLM"]}).name == "llama"
 
 
-@pytest.mark.parametrize("hf_config", [{}, {"architectures": []}, {"architectures": None}])
-def test_a_config_without_architecture(hf_config: dict) -> None:
+@pytest.mark.parametrize("named", [[], None, "LlamaForCausalLM", [["LlamaForCausalLM"]]])
+def test_a_config_without_architecture(named: object) -> None:
     with pytest.raises(ConfigError, match="names no architectures"):
-        find_family(hf_config)
+        find_family({"architectures": named})
 
 
 def test_an_unknown_architecture_lists_what_is_supported() -> None:

@@ -1,7 +1,7 @@
 import pytest
 
-from hornbeam.core.errors import BadRequest
-from hornbeam.text.chat import ChatTemplate
+from hornbeam.core.errors import BadRequest, ConfigError
+from hornbeam.text.chat import ChatTemplate, check_template
 
 pytestmark = pytest.mark.pure
 
@@ -88,3 +88,32 @@ def test_what_a_template_raises_is_the_answer(source, message):
 def test_no_template():
     with pytest.raises(BadRequest, match="--chat-template"):
         render(None)
+
+
+LOOP = "{% for i in range(99999) %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (LOOP * 3 + "{% endfor %}" * 3, "more than 1000000 turns"),
+        ("{{ 'a' * 10000000000 }}", "repetition longer than"),
+        ("{{ 9 ** 999999999 }}", "a power of more than 4096 bits"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion"),
+    ],
+)
+def test_what_would_never_end_or_fill_the_memory_is_stopped(source, reason):
+    check_template(source)
+    with pytest.raises(BadRequest, match=reason):
+        render(source)
+
+
+def test_loops_know_where_they_are():
+    source = "{% for a, b in x %}{{ loop.index }}/{{ loop.length }}{% if not loop.last %},{% endif %}{% endfor %}"
+    assert render(source, x=[(1, 2), (3, 4)]) == "1/2,2/2"
+    assert render("{% for i in nothing %}x{% else %}none{% endfor %}{{ '=' * 3 ~ 2 * 2.5 ~ 2 ** 3 }}") == "none===5.08"
+
+
+def test_a_template_that_nests_too_deeply_is_broken():
+    with pytest.raises(ConfigError, match="broken"):
+        check_template("{{" + "(" * 20000 + "}}")

@@ -1,4 +1,5 @@
 import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,26 @@ def test_damage_never_escapes_as_another_error(write_gguf: WriteGguf) -> None:
 def test_what_is_not_gguf_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
+    with pytest.raises(ConfigError, match=reason):
+        read_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (b"blk.0.attn_k.weight", b"blk.0.attn_v.weight", "names a tensor twice"),
+        (
+            b"output_norm.weight" + struct.pack("<IQIQ", 1, 8, 0, 1024),
+            b"output_norm.weight" + struct.pack("<IQIQ", 1, 8, 0, 0),
+            "inside another one",
+        ),
+    ],
+)
+def test_tensors_in_each_others_place(write_gguf: WriteGguf, old: bytes, new: bytes, reason: str) -> None:
+    path = write_gguf()
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
     with pytest.raises(ConfigError, match=reason):
         read_gguf(path)
 

@@ -127,6 +127,14 @@ def test_one_error_lists_all_that_does_not_fit(tmp_path: Path) -> None:
     assert all(parameter.isnan().all() for parameter in model.parameters()), "nothing may be copied before the check"
 
 
+def test_numbers_that_are_no_weights(tmp_path: Path) -> None:
+    tiny_llama(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].int()}))
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight in .* is torch\.int32"):
+        load_weights(build(checkpoint)[0], checkpoint, build(checkpoint)[1])
+
+
 def test_derived_tensors_and_the_copy_of_a_tied_head_are_left_unread(tmp_path: Path) -> None:
     tiny_llama(tmp_path, tie_word_embeddings=True)
 

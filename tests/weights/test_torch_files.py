@@ -70,9 +70,10 @@ def test_truncation_and_other_objects(folder: Path) -> None:
     (folder / SINGLE).write_bytes(whole[:-100])
     with pytest.raises(ConfigError, match="truncated"):
         open_checkpoint(folder).source.shapes()
-    torch.save({"epoch": 3}, folder / SINGLE)
-    with pytest.raises(ConfigError, match="tensors by name and nothing else"):
-        open_checkpoint(folder).source.shapes()
+    for other in ({"epoch": 3}, {3: torch.zeros(2)}, [torch.zeros(2)]):
+        torch.save(other, folder / SINGLE)
+        with pytest.raises(ConfigError, match="tensors by name and nothing else"):
+            open_checkpoint(folder).source.shapes()
     (folder / SINGLE).unlink()
     with pytest.raises(ConfigError, match=r"holds no pytorch_model\*\.bin"):
         open_checkpoint(folder, "pt")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hornbeam.core.cache_spec import CacheSpec
-from hornbeam.core.config_reader import ConfigReader
+from hornbeam.core.config_reader import MAX_LAYERS, MAX_POSITIONS, ConfigReader
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import ModelConfig, Placement
 from hornbeam.core.windows import attention_specs, parse_slides, parse_windows
@@ -85,12 +85,12 @@ class GemmaFamily:
         read.only("hidden_activation", "gelu_pytorch_tanh")
         read.only("use_bidirectional_attention", False)
         ConfigReader(hf_config).only("quantization_config", None)
-        num_layers, hidden_size = read.size("num_hidden_layers"), read.size("hidden_size")
+        num_layers, hidden_size = read.size("num_hidden_layers", most=MAX_LAYERS), read.size("hidden_size")
         num_heads = read.size("num_attention_heads")
         num_kv_heads, head_dim = read.size("num_key_value_heads", num_heads), read.size("head_dim", 256)
         if num_heads % num_kv_heads:
             raise ConfigError(f"the config's {num_heads} heads do not divide over {num_kv_heads} key-value heads")
-        context_len = read.size("max_position_embeddings")
+        context_len = read.size("max_position_embeddings", most=MAX_POSITIONS)
         scale_divisor = hidden_size / num_heads if num_layers == row.gguf_largest else head_dim
         interval = read.size("sliding_window_pattern", row.interval)
         slides = parse_slides(read, [(layer + 1) % interval != 0 for layer in range(num_layers)])

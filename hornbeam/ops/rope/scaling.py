@@ -84,6 +84,8 @@ def parse_rope(config: ConfigReader, head_dim: int, context_len: int, *, partial
     """
     rope = config.section("rope_parameters", "rope_scaling")
     theta = rope.number("rope_theta", config.number("rope_theta", _DEFAULT_THETA))
+    if theta <= 1:
+        raise ConfigError(f"the config's rope_theta must be above 1, not {theta}")
     share = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)) if partial else 1.0
     dim = config.size("rotary_dim", int(head_dim * share))
     if dim > head_dim or dim % 2:

@@ -75,7 +75,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {path}: {error}; download it again") from error
     if not isinstance(value, dict):
         raise ConfigError(f"cannot read {path}: it must hold a JSON object; download it again")
@@ -111,7 +111,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], specia
     """What the config describes beyond tokenizer.json, or otherwise, and special tokens that are plain words there."""
     described = {
         int(token_id): AddedToken(**{name: value for name, value in entry.items() if name != "__type"})
-        for token_id, entry in config.get("added_tokens_decoder", {}).items()
+        for token_id, entry in (config.get("added_tokens_decoder") or {}).items()
     }
     known = backend.get_added_tokens_decoder()
     added = [token for token_id, token in sorted(described.items()) if repr(known.get(token_id)) != repr(token)]
