@@ -22,7 +22,7 @@ from hornbeam.executor.executor import Executor
 from hornbeam.executor.runner import NUM_LANES, GroupAttention, Runner
 from hornbeam.executor.state import SlotState
 from hornbeam.layers.context import BuildContext
-from hornbeam.layers.linear import Linear, refresh_derived
+from hornbeam.layers.linear import Head, Linear, refresh_derived
 from hornbeam.ops.attention.contract import AttentionShape
 from hornbeam.ops.kernels import Kernels, choose_kernels
 from hornbeam.ops.query import OpQuery
@@ -83,7 +83,7 @@ def build_executor(
     # One page is enough to run the largest step on; its activations then stay in the allocator, so free means free.
     with _told(platform, "the largest step", "lower --chunked-prefill-size or --max-running-requests"):
         executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device))
-        executor.warm_up(min(options.scheduler.chunked_prefill_size, options.model.context_len))
+        executor.warm_up(_largest_chunk(options))
     num_pages = _num_pages(specs, options, platform)
     with _told(platform, "the key-value cache", "lower --mem-fraction-static"), platform.tagged("kv"):
         executor.use_pool(CachePool(specs, num_pages, page_size, platform.device))
@@ -201,7 +201,21 @@ def _load(
     if (packing or config.fp8) is not None and not any(isinstance(module, Linear) for module in model.modules()):
         raise ConfigError("the products of this model are not Hornbeam's, and cannot be rounded: drop --quantization")
     refresh_derived(model)
+    _prepare_products(model, options.executor.graph_batch_sizes, _largest_chunk(options))
     return model.eval()
+
+
+def _prepare_products(model: torch.nn.Module, batch_sizes: tuple[int, ...], chunk_size: int) -> None:
+    """Let products find out how they are done best: those of layers for both kinds of steps, the head's for decode."""
+    for kind, num_rows in ((Linear, (*batch_sizes, chunk_size)), (Head, batch_sizes)):
+        modules = [module for module in model.modules() if isinstance(module, kind)]
+        weights = {weight.shape: weight for module in modules if (weight := module.plain_weight) is not None}
+        if weights and num_rows:
+            modules[0].product.prepare(list(weights.values()), num_rows)
+
+
+def _largest_chunk(options: EngineOptions) -> int:
+    return min(options.scheduler.chunked_prefill_size, options.model.context_len)
 
 
 def _unread(family: ModelFamily, config: ModelConfig) -> tuple[str, ...]:

@@ -78,6 +78,11 @@ class Linear(nn.Module):
             return self._fp8.normed(x, residual, norm, self._fp8_weight(), self.bias, gated=gated)
         return self.product.normed(x, residual, norm, self.weight, self.bias, gated=gated)
 
+    @property
+    def plain_weight(self) -> Tensor | None:
+        """The weight [N, K], if there is nothing to the product but it."""
+        return self.weight if self.scales is None and self._packed is None and self.bias is None else None
+
     def refresh_derived(self) -> None:
         """Encode the weight as the machine computes with it, and free it. Does nothing if it is freed already."""
         if self._packing is not None and not self.weight.is_meta:
@@ -113,7 +118,7 @@ class Head(nn.Module):
         self._tied = (tied,)  # in a tuple, so that the shared weight is not registered twice
         if tied is None:
             self.weight = empty_parameter((vocab_size, hidden_size), context)
-        self._product = context.kernels.linear
+        self.product = context.kernels.linear
         self._packing = context.packing
         self._packed: PackedWeight | None = None
 
@@ -122,18 +127,20 @@ class Head(nn.Module):
         if self._packed is not None:
             return self._packed.linear(hidden, None)
         (tied,) = self._tied
-        return self._product.linear(hidden, self.weight if tied is None else tied.weight, None)
+        return self.product.linear(hidden, self.weight if tied is None else tied.weight, None)
+
+    @property
+    def plain_weight(self) -> Tensor | None:
+        """As `Linear.plain_weight`."""
+        (tied,) = self._tied
+        return None if self._packed is not None else self.weight if tied is None else tied.weight
 
     def refresh_derived(self) -> None:
         """As `Linear` does; a table of embeddings is kept beside its encoding."""
-        if self._packing is None:
-            return
-        (tied,) = self._tied
-        if tied is not None:
-            self._packed = self._packing.pack(tied.weight, precise=True)
-        elif not self.weight.is_meta:
-            self._packed = self._packing.pack(self.weight, precise=True)
-            self.weight = freed(self.weight)
+        if self._packing is not None and (weight := self.plain_weight) is not None and not weight.is_meta:
+            self._packed = self._packing.pack(weight, precise=True)
+            if self._tied[0] is None:
+                self.weight = freed(self.weight)
 
 
 def refresh_derived(model: nn.Module) -> None:

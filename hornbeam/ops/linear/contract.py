@@ -1,5 +1,6 @@
 """Dense products of activations with weight matrices."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +25,9 @@ class LinearProduct(Protocol):
 
     def supports(self, query: OpQuery) -> str | None:
         """None, or the reason why not."""
+
+    def prepare(self, weights: Sequence[Tensor], num_rows: Sequence[int]) -> None:
+        """Find out how each of `weights` [N, K] is multiplied best with these numbers of rows; only for speed."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, K], weight [N, K], bias [N] -> x W^T + b, [T, N]."""

@@ -1,5 +1,7 @@
 """Dense products by torch, which calls the vendor's library."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +19,9 @@ class ReferenceLinear:
     def supports(self, query: OpQuery) -> str | None:
         """Always."""
         return None
+
+    def prepare(self, weights: Sequence[Tensor], num_rows: Sequence[int]) -> None:
+        """There is one way only."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `LinearProduct`."""

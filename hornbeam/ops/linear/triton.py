@@ -6,6 +6,9 @@ arrive while the kernel ahead still runs. From 2 to 16 rows matrix units pay, bu
 library's kernels have begun. The rest goes to the library.
 """
 
+import logging
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -15,7 +18,10 @@ from torch import Tensor
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import early_launch
 from hornbeam.ops.linear.contract import InputNorm
+from hornbeam.ops.linear.library import LibraryProducts
 from hornbeam.ops.query import OpQuery
+
+logger = logging.getLogger(__name__)
 
 _MAX_ROWS = 16  # what a matrix unit takes at once
 _LARGEST_FOR_ROWS = 16 * 2**20  # weights; beyond, the library is as fast for several rows
@@ -185,24 +191,45 @@ class TritonLinear:
 
     fused_rows = 1
 
+    def __init__(self) -> None:
+        self._library: LibraryProducts | None = None  # until `prepare`
+
     def supports(self, query: OpQuery) -> str | None:
         """CUDA devices."""
         return needs_cuda(query)
 
+    def prepare(self, weights: Sequence[Tensor], num_rows: Sequence[int]) -> None:
+        """See `LinearProduct`. Times the library's algorithms in half precision."""
+        if weights[0].dtype.itemsize != 2:
+            return
+        try:
+            self._library = self._library or LibraryProducts(weights[0].device)
+        except OSError as error:
+            logger.warning("cuBLASLt cannot be opened (%s): products take cuBLAS's own choice of algorithms", error)
+            return
+        self._library.prepare([(n, weight) for weight in weights for n in num_rows if not _is_own(n, weight)])
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `LinearProduct`."""
-        num_rows = x.shape[0]
-        if num_rows == 1:
+        if x.shape[0] == 1:
             return _single_row(x, None, None, weight, bias, gated=False)[0]
-        if 1 < num_rows <= _MAX_ROWS and x.dtype.itemsize == 2 and weight.numel() <= _LARGEST_FOR_ROWS:
+        if _is_own(x.shape[0], weight):
             return _few_rows(x, weight, bias)
-        return F.linear(x, weight, bias)
+        if self._library is None or bias is not None:
+            return F.linear(x, weight, bias)
+        return self._library.linear(x, weight)
 
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
     ) -> tuple[Tensor, Tensor]:
         """See `LinearProduct`."""
         return _single_row(x, residual, norm, weight, bias, gated=gated)
+
+
+def _is_own(num_rows: int, weight: Tensor) -> bool:
+    """Whether a product is done here, rather than by the library."""
+    few = num_rows <= _MAX_ROWS and weight.dtype.itemsize == 2 and weight.numel() <= _LARGEST_FOR_ROWS
+    return num_rows == 1 or (num_rows > 0 and few)
 
 
 def _single_row(

@@ -1,0 +1,142 @@
+"""A binding of cuBLASLt, which unlike cuBLAS lets its caller choose the algorithm of a product.
+
+Algorithms are opaque: 64 bytes, which mean the same to the same version of the library. Knows nothing of which is fast.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORKSPACE_BYTES = 32 * 2**20
+_MOST_OFFERS = 16
+_DTYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType_t
+_COMPUTE_FLOAT32, _FLOAT32 = 68, 0
+_TRANSPOSED_A = 3  # attribute of a product
+_WORKSPACE, _REDUCTIONS = 1, 3  # attributes of a preference
+_SUMS_IN_FLOAT32 = 2  # of the ways to reduce split sums the one that does not round in between
+_CLUSTER_SHAPE = 8  # attribute of an algorithm
+_CLUSTER_SHAPES = (2, 3, 4, 5, 6, 7, 8)  # 1x1, 2x1, 4x1, 1x2, 2x2, 4x2, 1x4
+
+Algorithm = bytes
+
+
+class _Offer(ctypes.Structure):
+    _fields_ = (
+        ("algorithm", c_uint64 * 8),
+        ("workspace_bytes", c_size_t),
+        ("status", c_int),
+        ("waves", c_float),
+        ("reserved", c_int * 4),
+    )
+
+
+class CublasLt:
+    """The library, opened once for a device. Products run on torch's current stream, one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Open the library that torch has loaded.
+
+        Raises:
+            OSError: it is not there.
+        """
+        assert torch.version.cuda is not None
+        self._library = ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.partition('.')[0]}")
+        self._library.cublasLtGetVersion.restype = c_size_t
+        pointers = [c_void_p] * 12
+        self._library.cublasLtMatmul.argtypes = [*pointers, c_void_p, c_void_p, c_size_t, c_void_p]
+        self.version = int(self._library.cublasLtGetVersion())
+        self._handle = c_void_p()
+        self._call("Create", byref(self._handle))
+        self._product = c_void_p()
+        self._call("MatmulDescCreate", byref(self._product), c_int(_COMPUTE_FLOAT32), c_int(_FLOAT32))
+        transposed = c_int32(1)
+        self._call("MatmulDescSetAttribute", self._product, c_int(_TRANSPOSED_A), byref(transposed), c_size_t(4))
+        self._preference = c_void_p()
+        self._call("MatmulPreferenceCreate", byref(self._preference))
+        for attribute, value in ((_WORKSPACE, c_size_t(_WORKSPACE_BYTES)), (_REDUCTIONS, c_uint32(_SUMS_IN_FLOAT32))):
+            size = c_size_t(ctypes.sizeof(value))
+            self._call("MatmulPreferenceSetAttribute", self._preference, c_int(attribute), byref(value), size)
+        self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._one, self._zero = c_float(1), c_float(0)
+        self._layout = cache(self._make_layout)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._library, f"cublasLt{name}")(*arguments)
+        if status:
+            raise RuntimeError(f"cublasLt{name} returned {status}")
+
+    def _make_layout(self, dtype: torch.dtype, num_features: int, num_rows: int, stride: int) -> c_void_p:
+        """Of a row-major matrix, which is what the library calls a column-major one of its transpose."""
+        layout = c_void_p()
+        sizes = c_uint64(num_features), c_uint64(num_rows), c_int64(stride)
+        self._call("MatrixLayoutCreate", byref(layout), c_int(_DTYPES[dtype]), *sizes)
+        return layout
+
+    def _layouts(self, x: Tensor, weight: Tensor) -> tuple[c_void_p, c_void_p, c_void_p]:
+        (num_rows, num_in), num_out, dtype = x.shape, weight.shape[0], x.dtype
+        return (
+            self._layout(dtype, num_in, num_out, weight.stride(0)),
+            self._layout(dtype, num_in, num_rows, x.stride(0)),
+            self._layout(dtype, num_out, num_rows, num_out),
+        )
+
+    def offers(self, x: Tensor, weight: Tensor) -> list[Algorithm]:
+        """What the library thinks fit for x W^T, x [T, K] and weight [N, K] in half precision; its favourite first."""
+        of_weight, of_x, of_out = self._layouts(x, weight)
+        offers, num_offers = (_Offer * _MOST_OFFERS)(), c_int()
+        layouts = of_weight, of_x, of_out, of_out
+        arguments = self._product, *layouts, self._preference, c_int(_MOST_OFFERS), offers, byref(num_offers)
+        self._call("MatmulAlgoGetHeuristic", self._handle, *arguments)
+        return [bytes(offer.algorithm) for offer in offers[: num_offers.value] if offer.status == 0]
+
+    def variants(self, x: Tensor, weight: Tensor, algorithm: Algorithm) -> Iterator[Algorithm]:
+        """The algorithm with other shapes of thread block clusters, where the library allows them."""
+        of_weight, of_x, of_out = self._layouts(x, weight)
+        for shape in _CLUSTER_SHAPES:
+            variant, checked = (c_uint64 * 8).from_buffer_copy(algorithm), _Offer()
+            value = c_uint16(shape)
+            size = c_size_t(ctypes.sizeof(value))
+            layouts = self._product, of_weight, of_x, of_out, of_out
+            try:
+                self._call("MatmulAlgoConfigSetAttribute", variant, c_int(_CLUSTER_SHAPE), byref(value), size)
+                self._call("MatmulAlgoCheck", self._handle, *layouts, variant, byref(checked))
+            except RuntimeError:
+                continue
+            if checked.workspace_bytes <= _WORKSPACE_BYTES and bytes(variant) != algorithm:
+                yield bytes(variant)
+
+    def linear(self, x: Tensor, weight: Tensor, algorithm: Algorithm) -> Tensor:
+        """x [T, K] and weight [N, K] with adjacent features -> x W^T, [T, N].
+
+        Raises:
+            RuntimeError: the algorithm cannot do it.
+        """
+        assert x.stride(1) == weight.stride(1) == 1
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+        of_weight, of_x, of_out = self._layouts(x, weight)
+        status = self._library.cublasLtMatmul(
+            self._handle,
+            self._product,
+            ctypes.addressof(self._one),
+            weight.data_ptr(),
+            of_weight,
+            x.data_ptr(),
+            of_x,
+            ctypes.addressof(self._zero),
+            out.data_ptr(),
+            of_out,
+            out.data_ptr(),
+            of_out,
+            algorithm,
+            self._workspace.data_ptr(),
+            _WORKSPACE_BYTES,
+            torch.cuda.current_stream(x.device).cuda_stream,
+        )
+        if status:
+            raise RuntimeError(f"cublasLtMatmul returned {status}")
+        return out
