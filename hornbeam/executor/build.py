@@ -22,7 +22,8 @@ from hornbeam.executor.executor import Executor
 from hornbeam.executor.runner import NUM_LANES, GroupAttention, Runner
 from hornbeam.executor.state import SlotState
 from hornbeam.layers.context import BuildContext
-from hornbeam.layers.linear import Head, Linear, refresh_derived
+from hornbeam.layers.derived import refresh_derived
+from hornbeam.layers.linear import Head, Linear
 from hornbeam.ops.attention.contract import AttentionShape
 from hornbeam.ops.kernels import Kernels, choose_kernels
 from hornbeam.ops.query import OpQuery

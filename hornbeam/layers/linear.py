@@ -143,13 +143,6 @@ class Head(nn.Module):
                 self.weight = freed(self.weight)
 
 
-def refresh_derived(model: nn.Module) -> None:
-    """Bring what `model` computes with up to date with its parameters, after they were loaded; safe to repeat."""
-    for module in model.modules():
-        if isinstance(module, Linear | Head):
-            module.refresh_derived()
-
-
 def freed(parameter: nn.Parameter) -> nn.Parameter:
     """A parameter of the same shape without memory; to load it again, put an empty one in its place."""
     return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

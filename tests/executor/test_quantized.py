@@ -6,7 +6,8 @@ import pytest
 import torch
 from harness import Sequence, as_tensor, make_engine
 
-from hornbeam.layers.linear import Linear, refresh_derived
+from hornbeam.layers.derived import refresh_derived
+from hornbeam.layers.linear import Linear
 
 pytestmark = pytest.mark.cpu
 PROMPT = list(range(3, 40))
