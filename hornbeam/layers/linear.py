@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.forward import Forward
-from hornbeam.layers.parameters import empty_parameter, plain_weight, weight_parameters
+from hornbeam.layers.parameters import empty_parameter, freed, plain_weight, weight_parameters
 from hornbeam.ops.linear.contract import Fp8Weight, InputNorm
 from hornbeam.quant.contract import PackedWeight
 
@@ -141,8 +141,3 @@ class Head(nn.Module):
             self._packed = self._packing.pack(weight, precise=True)
             if self._tied[0] is None:
                 self.weight = freed(self.weight)
-
-
-def freed(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter of the same shape without memory; to load it again, put an empty one in its place."""
-    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

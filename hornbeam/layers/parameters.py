@@ -41,3 +41,8 @@ def plain_weight(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
 def block_parts(parts: tuple[int, ...]) -> tuple[int, ...]:
     """The rows of scales of each part of a weight."""
     return tuple(-(-part // SCALE_BLOCK) for part in parts)
+
+
+def freed(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter of the same shape without memory; to load it again, put an empty one in its place."""
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
