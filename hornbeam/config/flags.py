@@ -67,7 +67,7 @@ FLAGS: tuple[Flag, ...] = (
         group="model",
         type=bool,
         default=False,
-        help="Refused: no code that comes with a checkpoint is run.",
+        help="Run the modeling code that a checkpoint brings, by transformers' modules, where no family serves it.",
     ),
     Flag(
         name="dtype",

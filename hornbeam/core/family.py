@@ -5,6 +5,7 @@ A family declares; the core merges. Importing its `spec` module must not import 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hornbeam.core.cache_spec import CacheSpec
@@ -99,3 +100,21 @@ class ModelFamily(Protocol):
 
     def weight_map(self, config: Any) -> Mapping[str, Placement]:
         """Every tensor the checkpoint must hold, by name, and its place. Nothing more, nothing less."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostQuery:
+    """A model that no family claims. `code`: the checkpoint's folder, if the code in it may be run, else None."""
+
+    hf_config: Mapping[str, Any]
+    code: Path | None
+
+
+class Host(Protocol):
+    """What runs models without a family of their own; `models/index.py` lists hosts."""
+
+    def supports(self, query: HostQuery) -> str | None:
+        """None if it can run the model, else the reason why not."""
+
+    def family(self, query: HostQuery) -> ModelFamily:
+        """The family that the model is served by."""

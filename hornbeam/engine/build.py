@@ -31,7 +31,8 @@ def build_engine(user: Mapping[str, Any]) -> Built:
     """
     checkpoint = open_checkpoint(Path(user["model_path"]), user.get("load_format", "auto"), _overrides(user))
     disabled = read_environment().disabled_architectures
-    family = find_family(checkpoint.hf_config, disabled, user.get("model_impl", "auto"))
+    code = checkpoint.path if user.get("trust_remote_code") else None
+    family = find_family(checkpoint.hf_config, disabled, user.get("model_impl", "auto"), code)
     config = family.parse(checkpoint.hf_config)
 
     from hornbeam.executor.build import build_executor

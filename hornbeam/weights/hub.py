@@ -13,16 +13,17 @@ from hornbeam.weights.gguf import split_paths
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _REPO_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)")
 _TEXT_FILES = ("*.json", "*.jinja")  # configs, tokenizers and chat templates
-_SAFETENSORS, _TORCH = "*.safetensors", "pytorch_model*.bin"
+_SAFETENSORS, _TORCH, _CODE = "*.safetensors", "pytorch_model*.bin", "*.py"
 
 
-def local_path(path: str, revision: str | None = None, load_format: str = "auto") -> Path:
+def local_path(path: str, revision: str | None = None, load_format: str = "auto", *, code: bool = False) -> Path:
     """`path` itself if it is there or cannot be meant for the hub, else where its files lie after they were fetched.
 
     Args:
         path: a folder, a file, a hub id "organisation/name", or a GGUF file on the hub "organisation/name/file.gguf".
         revision: branch, tag or commit on the hub.
         load_format: only the files of this format are fetched; "auto" prefers safetensors.
+        code: Python files are fetched, too.
 
     Raises:
         ConfigError: the hub has no such model or revision, or cannot be reached; says what to do.
@@ -31,14 +32,16 @@ def local_path(path: str, revision: str | None = None, load_format: str = "auto"
         return Path(path)
     if match := _REPO_FILE.fullmatch(path):
         return _fetch_file(match[1], match[2], revision)
-    return _fetch_folder(path, revision, load_format) if _REPO_ID.fullmatch(path) else Path(path)
+    if not _REPO_ID.fullmatch(path):
+        return Path(path)
+    return _fetch_folder(path, revision, load_format, (*_TEXT_FILES, _CODE) if code else _TEXT_FILES)
 
 
-def _fetch_folder(repo_id: str, revision: str | None, load_format: str) -> Path:
+def _fetch_folder(repo_id: str, revision: str | None, load_format: str, texts: tuple[str, ...]) -> Path:
     weights = {"safetensors": _SAFETENSORS, "pt": _TORCH, "gguf": "*.gguf", "auto": _SAFETENSORS}.get(load_format)
-    folder = _snapshot(repo_id, revision, (*_TEXT_FILES, *([weights] if weights else [])))
+    folder = _snapshot(repo_id, revision, (*texts, *([weights] if weights else [])))
     if load_format == "auto" and not any(folder.glob(_SAFETENSORS)):
-        folder = _snapshot(repo_id, revision, (*_TEXT_FILES, _TORCH))
+        folder = _snapshot(repo_id, revision, (*texts, _TORCH))
     return folder
 
 

@@ -17,7 +17,7 @@ LINES = ("Successful requests:", "Request throughput (req/s):", "Mean TTFT (ms):
 @pytest.fixture
 def conversations(tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "load_tokenizer", lambda path: fake_engine.make_tokenizer())
-    monkeypatch.setattr(serving, "local_path", lambda *arguments: arguments[0])
+    monkeypatch.setattr(serving, "local_path", lambda path, *_, **__: path)
     path = tmp_path / "talks.jsonl"
     turns = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "defgh"}]
     path.write_text(f"{json.dumps({'messages': turns})}\n" * 4)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hornbeam.core.family import ModelConfig
@@ -21,5 +22,6 @@ class HostedConfig(ModelConfig):
     """A config as it is, and what its model turned out to be."""
 
     hf_config: Mapping[str, Any]
+    code: Path | None  # the checkpoint's folder, if the code in it may be run
     layers: tuple[HostedLayer, ...]
     value_dim: int  # features of a value head; the cache pads them to `head_dim`

@@ -6,7 +6,6 @@ transformers names, converts and ties the weights; reading them is ours, and so 
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from hornbeam.layers.context import BuildContext
@@ -22,10 +21,10 @@ _DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # follow
 
 def build(config: HostedConfig, context: BuildContext) -> HostedModel:
     """The model with random weights."""
+    hf_config = read_config(config.hf_config, config.code)
+    model_class = class_of(hf_config, config.hf_config, config.code)
     with torch.device(context.device):
-        network = AutoModelForCausalLM.from_config(
-            read_config(config.hf_config), dtype=context.dtype, attn_implementation=IMPLEMENTATION
-        )
+        network = model_class._from_config(hf_config, dtype=context.dtype, attn_implementation=IMPLEMENTATION)
     return HostedModel(config, _frozen(network), context)
 
 
@@ -35,12 +34,12 @@ def load(config: HostedConfig, context: BuildContext, checkpoint: Checkpoint) ->
     Raises:
         ConfigError: names or shapes do not fit the model, or a tensor cannot be read.
     """
-    hf_config = read_config(config.hf_config)
+    hf_config = read_config(config.hf_config, config.code)
     source = checkpoint.source
     tensors = dict(source.read(source.shapes().keys()))  # views of mapped files: read when they are copied
     transformers_logging.set_verbosity_error()  # it draws a table of what does not fit, which is told here
     transformers_logging.disable_progress_bar()
-    network, report = class_of(hf_config, config.hf_config).from_pretrained(
+    network, report = class_of(hf_config, config.hf_config, config.code).from_pretrained(
         None,
         config=hf_config,
         state_dict=tensors,

@@ -5,11 +5,12 @@ by looking at it, without weights (`survey`). Imports neither torch nor transfor
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import ConfigError
-from hornbeam.core.family import Placement
+from hornbeam.core.family import HostQuery, Placement
 from hornbeam.core.windows import attention_specs
 from hornbeam.models.hosted.config import HostedConfig, HostedLayer
 
@@ -19,18 +20,29 @@ if TYPE_CHECKING:
     from hornbeam.weights.checkpoint import Checkpoint
 
 
+class TransformersHost:
+    """See `core.family.Host`."""
+
+    def supports(self, query: HostQuery) -> str | None:
+        """None if transformers can run the model over our cache, else the reason why not."""
+        try:
+            self.family(query).parse(query.hf_config)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def family(self, query: HostQuery) -> "HostedFamily":
+        """The one family, which may run the checkpoint's code or not."""
+        return HostedFamily(query.code)
+
+
 class HostedFamily:
     """See `core.family.ModelFamily`."""
 
     name = "hosted"
 
-    def supports(self, hf_config: Mapping[str, Any]) -> str | None:
-        """None if transformers can run the model over our cache, else the reason why not."""
-        try:
-            self.parse(hf_config)
-        except ConfigError as error:
-            return str(error)
-        return None
+    def __init__(self, code: Path | None = None) -> None:
+        self._code = code
 
     def parse(self, hf_config: Mapping[str, Any]) -> HostedConfig:
         """Read a Hugging Face config and look at its model. Raises ConfigError for what cannot be hosted."""
@@ -40,7 +52,12 @@ class HostedFamily:
             raise ConfigError(
                 f"transformers is not installed ({error}): pip install 'hornbeam[transformers]'"
             ) from error
-        return survey(hf_config)
+        try:
+            return survey(hf_config, self._code)
+        except ConfigError as error:
+            if self._code is None and hf_config.get("auto_map"):
+                raise ConfigError(f"{error}. It brings its own code, which --trust-remote-code would run") from error
+            raise
 
     def cache_specs(self, config: HostedConfig) -> tuple[CacheSpec, ...]:
         """A group per window; a window over everything is none."""
@@ -68,7 +85,7 @@ class HostedFamily:
         raise NotImplementedError("hosted models load themselves")
 
 
-FAMILY = HostedFamily()
+HOST = TransformersHost()
 
 
 def _window(layer: HostedLayer, context_len: int) -> int | None:

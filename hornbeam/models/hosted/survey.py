@@ -6,12 +6,14 @@ The pass runs on the meta device, so it takes a fraction of a second whatever th
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hornbeam.core.config_reader import ConfigReader
 from hornbeam.core.errors import ConfigError
@@ -28,14 +30,17 @@ _KNOWN = {
 _NUM_TOKENS = 3
 
 
-def survey(hf_config: Mapping[str, Any]) -> HostedConfig:
-    """Build the model without memory and follow one pass. Raises ConfigError for what cannot be hosted."""
-    config = read_config(hf_config)
-    model_class = class_of(config, hf_config)
+def survey(hf_config: Mapping[str, Any], code: Path | None = None) -> HostedConfig:
+    """Build the model without memory and follow one pass. Raises ConfigError for what cannot be hosted.
+
+    code: the checkpoint's folder, if the code in it may be run.
+    """
+    config = read_config(hf_config, code)
+    model_class = class_of(config, hf_config, code)
     if getattr(model_class, "_is_stateful", False):
         raise ConfigError("it keeps a state between tokens (state-space or recurrent layers), which is not supported")
     _refuse_settings(config)
-    calls = _follow(config)
+    calls = _follow(config, model_class)
     _check_coverage(config, calls)
     shapes = {call.shape for call in calls}
     if len(shapes) != 1:
@@ -49,6 +54,7 @@ def survey(hf_config: Mapping[str, Any]) -> HostedConfig:
         dtype=ConfigReader(hf_config).dtype(),
         attention_scale=calls[0].layer.scale,
         hf_config=hf_config,
+        code=code,
         layers=tuple(call.layer for call in calls),
         attention_soft_cap=shape.soft_cap,
         attention_sinks=shape.sinks,
@@ -62,17 +68,19 @@ def survey(hf_config: Mapping[str, Any]) -> HostedConfig:
     )
 
 
-def read_config(hf_config: Mapping[str, Any]) -> PreTrainedConfig:
+def read_config(hf_config: Mapping[str, Any], code: Path | None) -> PreTrainedConfig:
     """The config as an object of transformers, set to call our attention."""
     if any(str(name).startswith("gguf:") for name in hf_config["architectures"]):
         raise ConfigError("tensors of GGUF files are known to model families only, not to transformers' modules")
     register()
-    model_type = str(hf_config.get("model_type"))
-    if model_type not in transformers.CONFIG_MAPPING:
-        own_code = " (its own code is not run)" if "auto_map" in hf_config else ""
-        raise ConfigError(f"transformers {transformers.__version__} does not know model_type {model_type!r}{own_code}")
+    model_type = hf_config.get("model_type")
+    config_class = own_class("AutoConfig", hf_config, code)
+    if config_class is None:
+        if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+            raise ConfigError(f"transformers {transformers.__version__} does not know model_type {model_type!r}")
+        config_class = transformers.CONFIG_MAPPING[model_type]
     try:
-        config = transformers.CONFIG_MAPPING[model_type].from_dict(
+        config = config_class.from_dict(
             dict(hf_config), attn_implementation=IMPLEMENTATION, use_cache=False, return_dict=True
         )
     except Exception as error:  # configs are checked by code of their own, and fail as it likes
@@ -81,14 +89,27 @@ def read_config(hf_config: Mapping[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def class_of(config: PreTrainedConfig, hf_config: Mapping[str, Any]) -> Any:
+def class_of(config: PreTrainedConfig, hf_config: Mapping[str, Any], code: Path | None) -> Any:
     """The class that continues texts, if that is the architecture which the config names."""
-    model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    model_class: Any = own_class("AutoModelForCausalLM", hf_config, code)
+    if model_class is None:
+        model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None:
         raise ConfigError(f"transformers has no causal language model for model_type {config.model_type!r}")
     if model_class.__name__ not in hf_config["architectures"]:
         raise ConfigError(f"of {config.model_type} only {model_class.__name__} can be run")
     return model_class
+
+
+def own_class(role: str, hf_config: Mapping[str, Any], code: Path | None) -> Any:
+    """The class that the checkpoint itself brings for `role` ("AutoConfig", ...), if its code may be run; else None."""
+    own = hf_config.get("auto_map")
+    if code is None or not isinstance(own, Mapping) or role not in own:
+        return None
+    try:
+        return get_class_from_dynamic_module(own[role], code)
+    except Exception as error:  # whatever the code raises, and whatever is wrong with its name
+        raise ConfigError(f"its own code for {role} cannot be loaded: {_first_line(error)}") from error
 
 
 def body_name(model: PreTrainedModel) -> str:
@@ -116,7 +137,7 @@ class _Call:
     shape: _Shape
 
 
-def _follow(config: PreTrainedConfig) -> list[_Call]:
+def _follow(config: PreTrainedConfig, model_class: Any) -> list[_Call]:
     """The attention calls of one pass."""
     calls: list[_Call] = []
     names: dict[nn.Module, str] = {}
@@ -142,7 +163,7 @@ def _follow(config: PreTrainedConfig) -> list[_Call]:
 
     try:
         with torch.device("meta"), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=IMPLEMENTATION)
+            model = model_class._from_config(config, dtype=torch.bfloat16, attn_implementation=IMPLEMENTATION)
             names.update((module, name) for name, module in model.named_modules())
             Hook(record).attach(model)
             body = model.get_submodule(body_name(model))

@@ -12,7 +12,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import hornbeam
 from hornbeam.core.errors import ConfigError
-from hornbeam.models.hosted.spec import FAMILY
+from hornbeam.models.hosted.spec import HostedFamily
 from hornbeam.models.hosted.tests.test_parity import MODELS, OTHER, PROMPT, save
 from hornbeam.models.index import find_family
 
@@ -40,7 +40,7 @@ def test_what_cannot_be_hosted(model_type: str) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
     config = AutoConfig.for_model(model_type, **(sizes | settings)).to_dict() | {"architectures": [architecture]}
     with pytest.raises(ConfigError, match=reason):
-        FAMILY.parse(config)
+        HostedFamily().parse(config)
     with pytest.raises(
         ConfigError, match=rf"no model family serves {architecture}; supported are .*LlamaFor.*({reason})"
     ):
@@ -49,13 +49,13 @@ def test_what_cannot_be_hosted(model_type: str) -> None:
 
 def test_code_that_comes_with_a_checkpoint() -> None:
     config = {"architectures": ["Own"], "model_type": "own", "auto_map": {"AutoModelForCausalLM": "own.Own"}}
-    with pytest.raises(ConfigError, match=r"does not know model_type 'own'.*own code is not run"):
-        FAMILY.parse(config)
+    with pytest.raises(ConfigError, match=r"does not know model_type 'own'.*--trust-remote-code"):
+        HostedFamily().parse(config)
 
 
 def test_gguf_files_need_a_family() -> None:
     with pytest.raises(ConfigError, match="GGUF files are known to model families only"):
-        FAMILY.parse({"architectures": ["gguf:gpt2"], "model_type": "gpt2"})
+        HostedFamily().parse({"architectures": ["gguf:gpt2"], "model_type": "gpt2"})
 
 
 def test_a_model_that_is_chosen_by_hand() -> None:
