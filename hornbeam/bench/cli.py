@@ -19,6 +19,7 @@ _COMMANDS = {  # name -> (where it is; what it does)
     "load": ("hornbeam.bench.loading:main", "how fast weights are loaded, and with how much memory"),
     "server": ("hornbeam.bench.server:main", "what the server costs per token, without a model"),
     "soak": ("hornbeam.bench.soak:main", "whether memory stays flat over thousands of requests, some of them aborted"),
+    "engine-soak": ("hornbeam.bench.engine_soak:main", "the same through an engine in this process, with a model"),
     "scheduler": ("hornbeam.bench.scheduling:scheduler", "what scheduling costs, without a model"),
 }
 

@@ -40,7 +40,7 @@ class LiveServer:
     def memory(self) -> tuple[int, int]:
         """Resident bytes of the server and of the engine process."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return _resident_bytes(self.pid), sum(_resident_bytes(int(child)) for child in children)
+        return resident_bytes(self.pid), sum(resident_bytes(int(child)) for child in children)
 
     async def open(self, method: str, path: str, body: Any = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Send a request on a connection of its own, which the server closes when it has answered."""
@@ -94,5 +94,6 @@ async def _wait_until_ready(server: LiveServer, process: asyncio.subprocess.Proc
     raise HornbeamError("the server did not get ready; its log says why")
 
 
-def _resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int | str = "self") -> int:
+    """Of a process."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -43,6 +43,7 @@ class SchedulerOptions:
     waiting_timeout: float | None = None  # seconds
     running_timeout: float | None = None
     max_prefill_tokens: int = 16384  # a step that has so many prompt tokens begins no further prompt
+    mixes: bool = True  # running requests go on in steps with prompts
     preemption_gap: int | None = 10  # running requests give way to those that are so much higher; None: to nobody
 
 
@@ -53,8 +54,12 @@ class ExecutorOptions:
     device: str  # "cpu", "cuda"
     decode_attention_backend: str
     prefill_attention_backend: str
+    fused_kernels: bool  # else norms, activations, rotations and products are plain torch's
     cascade: bool  # decode reads prefixes that rows share once for all of them, where that pays
     graph_batch_sizes: tuple[int, ...]  # decode batches captured as graphs, ascending; empty: none
+    graph_token_counts: tuple[int, ...]  # likewise, of steps with prompts
+    graph_padding: bool  # graphs serve smaller steps, too
+    compile_up_to: int  # the largest recorded decode batch that torch compiles first; 0: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -248,6 +248,13 @@ FLAGS: tuple[Flag, ...] = (
         default=False,
         help="Wait for each step before the next is planned.",
     ),
+    Flag(
+        name="disable_mixed_chunk",
+        group="scheduling",
+        type=bool,
+        default=False,
+        help="Give prompts steps of their own, in which running requests wait.",
+    ),
     Flag(name="device", group="device", default="auto", choices=("auto", "cpu", "cuda"), help="Where the model runs."),
     Flag(
         name="attention_backend",
@@ -265,12 +272,39 @@ FLAGS: tuple[Flag, ...] = (
         help="Read a prefix that running requests share once for each of them.",
     ),
     Flag(
-        name="disable_cuda_graph",
+        name="disable_fused_kernels",
         group="device",
-        aliases=("disable_decode_cuda_graph",),
         type=bool,
         default=False,
-        help="Launch decode kernels one by one.",
+        help="Norms, activations, rotations and products by plain torch.",
+    ),
+    Flag(
+        name="disable_cuda_graph",
+        group="device",
+        type=bool,
+        default=False,
+        help="Launch all kernels one by one.",
+    ),
+    Flag(
+        name="disable_decode_cuda_graph",
+        group="device",
+        type=bool,
+        default=False,
+        help="Launch the kernels of decode steps one by one.",
+    ),
+    Flag(
+        name="disable_prefill_cuda_graph",
+        group="device",
+        type=bool,
+        default=False,
+        help="Launch the kernels of small steps with prompts one by one.",
+    ),
+    Flag(
+        name="disable_cuda_graph_padding",
+        group="device",
+        type=bool,
+        default=False,
+        help="Replay CUDA graphs for steps of exactly their size alone.",
     ),
     Flag(
         name="cuda_graph_bs",
@@ -286,6 +320,20 @@ FLAGS: tuple[Flag, ...] = (
         aliases=("cuda_graph_max_bs_decode",),
         type=int,
         help="Largest decode batch captured as a CUDA graph.",
+    ),
+    Flag(
+        name="enable_torch_compile",
+        group="device",
+        type=bool,
+        default=False,
+        help="Have torch compile the decode steps that are captured. Makes the start longer.",
+    ),
+    Flag(
+        name="torch_compile_max_bs",
+        group="device",
+        type=int,
+        default=32,
+        help="Largest decode batch that is compiled.",
     ),
 )
 

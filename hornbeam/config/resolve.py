@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 _DTYPES = {"float": "float32", "half": "float16"}
 _DEFAULTS = {flag.name: flag.default for flag in FLAGS}
 _DEFAULT_GAP = _DEFAULTS["priority_scheduling_preemption_threshold"]
-DEFAULT_GRAPH_BATCH_SIZES = (1, 2, 4, 8, *range(16, 129, 8), *range(144, 257, 16))
+GRAPH_MAX_BATCH_SIZE = 256
+GRAPH_TOKEN_COUNTS = (*range(32, 193, 32), *range(256, 513, 64))  # of larger steps, launching is no great part
 
 
 class _Resolver:
@@ -50,6 +51,10 @@ class _Resolver:
     def note(self, name: str, value: Any, why: str) -> Any:
         self.reasons[name] = Reason(value=value, why=why)
         return value
+
+    def tell(self) -> None:
+        for name, reason in self.reasons.items():
+            logger.info("%s = %s (%s)", name, reason.value, reason.why)
 
 
 def resolve_engine(
@@ -99,6 +104,7 @@ def resolve_engine(
             priorities=pick("enable_priority_scheduling"),
             low_priority_first=pick("schedule_low_priority_values_first"),
             max_prefill_tokens=_positive(resolver, "max_prefill_tokens", _DEFAULTS["max_prefill_tokens"], "default"),
+            mixes=not pick("disable_mixed_chunk"),
             preemption_gap=_preemption_gap(resolver),
             waiting_timeout=environment.waiting_timeout,
             running_timeout=environment.running_timeout,
@@ -109,8 +115,7 @@ def resolve_engine(
     )
     for name in ("default_priority_value", "abort_on_priority_when_disabled"):
         pick(name)  # the server's business: it finds them among the engine's facts
-    for name, reason in resolver.reasons.items():
-        logger.info("%s = %s (%s)", name, reason.value, reason.why)
+    resolver.tell()
     return options
 
 
@@ -127,8 +132,12 @@ def _executor_options(resolver: _Resolver, platform: PlatformFacts, max_running:
         device=resolver.note("device", platform.name, f"suits {platform.device}"),
         decode_attention_backend=pick("decode_attention_backend", attention, "--attention-backend"),
         prefill_attention_backend=pick("prefill_attention_backend", attention, "--attention-backend"),
+        fused_kernels=not pick("disable_fused_kernels"),
         cascade=not pick("disable_cascade_attention"),
         graph_batch_sizes=_graph_batch_sizes(resolver, platform, max_running),
+        graph_token_counts=_graph_token_counts(resolver, platform),
+        graph_padding=not pick("disable_cuda_graph_padding"),
+        compile_up_to=_compile_up_to(resolver, platform),
     )
 
 
@@ -171,11 +180,33 @@ def _preemption_gap(resolver: _Resolver) -> int | None:
 
 
 def _graph_batch_sizes(resolver: _Resolver, platform: PlatformFacts, max_running: int) -> tuple[int, ...]:
-    if resolver.pick("disable_cuda_graph") or not platform.graphs:
+    if resolver.pick("disable_cuda_graph") or resolver.pick("disable_decode_cuda_graph") or not platform.graphs:
         return ()
-    sizes = resolver.pick("cuda_graph_bs", DEFAULT_GRAPH_BATCH_SIZES, "steps of 8, then of 16")
-    largest = min(resolver.pick("cuda_graph_max_bs", max(sizes), "the largest listed"), max_running)
+    listed = resolver.pick("cuda_graph_bs")
+    default = (max(listed), "the largest listed") if listed else (GRAPH_MAX_BATCH_SIZE, "default")
+    most = resolver.pick("cuda_graph_max_bs", *default)
+    steps = (1, 2, 4, 8, *range(16, 129, 8), *range(144, 257, 16), *range(288, most + 1, 32))
+    sizes = listed or resolver.note("cuda_graph_bs", steps, "steps of 8, of 16 and of 32")
+    largest = min(most, max_running)
+    if min(*sizes, largest) < 1:
+        raise ConfigError("--cuda-graph-bs and --cuda-graph-max-bs must be at least 1")
     return tuple(sorted({size for size in (*sizes, largest) if size <= largest}))
+
+
+def _graph_token_counts(resolver: _Resolver, platform: PlatformFacts) -> tuple[int, ...]:
+    disabled = resolver.pick("disable_cuda_graph") or resolver.pick("disable_prefill_cuda_graph")
+    return () if disabled or not platform.graphs else GRAPH_TOKEN_COUNTS
+
+
+def _compile_up_to(resolver: _Resolver, platform: PlatformFacts) -> int:
+    if not resolver.pick("enable_torch_compile"):
+        return 0
+    if not platform.graphs or resolver.pick("disable_cuda_graph") or resolver.pick("disable_decode_cuda_graph"):
+        raise ConfigError(
+            "--enable-torch-compile compiles the decode steps that are recorded as graphs, and there are none here: "
+            "drop it, or run on a GPU without --disable-cuda-graph"
+        )
+    return _positive(resolver, "torch_compile_max_bs", _DEFAULTS["torch_compile_max_bs"], "default")
 
 
 def resolve_serve(user: Mapping[str, Any], default_model_name: str) -> ServeOptions:

@@ -59,6 +59,11 @@ class Chunk:
     first_scored: int = 0  # position of the first one; its logits come from the row before it, which is in the chunk
     embed_spans: tuple[tuple[int, int], ...] = ()  # position ranges whose embeddings are given, not looked up
 
+    @property
+    def end(self) -> int:
+        """The slot's length after the step."""
+        return self.start + len(self.token_ids)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftTree:

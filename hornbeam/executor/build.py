@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,18 +13,21 @@ import torch
 from hornbeam.cache.pool import CachePool, page_bytes
 from hornbeam.cache.sizes import PageShares
 from hornbeam.comm.grid import Grid
-from hornbeam.config.components import EngineOptions, ModelOptions
+from hornbeam.config.components import EngineOptions, ExecutorOptions, ModelOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import ConfigError, FamilyUnavailable, HornbeamError
 from hornbeam.core.family import ModelConfig, ModelFamily
 from hornbeam.core.fp8 import Fp8Format
+from hornbeam.core.plan import Chunk, StepPlan
 from hornbeam.executor.executor import Executor
-from hornbeam.executor.runner import NUM_LANES, GroupAttention, Runner
+from hornbeam.executor.graphs import DecodeGraphs
+from hornbeam.executor.mixed_graphs import MixedGraphs
+from hornbeam.executor.runner import NUM_LANES, Runner
 from hornbeam.executor.state import SlotState
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.derived import refresh_derived
 from hornbeam.layers.linear import Head, Linear
-from hornbeam.ops.attention.contract import AttentionShape
+from hornbeam.ops.attention.contract import AttentionShape, GroupAttention
 from hornbeam.ops.kernels import Kernels, choose_kernels
 from hornbeam.ops.query import OpQuery
 from hornbeam.platforms.contract import Platform
@@ -60,7 +63,8 @@ def build_executor(
     specs = family.cache_specs(config)
     wanted = options.executor
     query = _query(config, specs, options, platform)
-    kernels = choose_kernels(query, wanted.decode_attention_backend, wanted.prefill_attention_backend)
+    attention_backends = wanted.decode_attention_backend, wanted.prefill_attention_backend
+    kernels = choose_kernels(query, *attention_backends, fused=wanted.fused_kernels, traced=wanted.compile_up_to > 0)
     name = options.model.quantization
     packing = None if name in ("unquant", "fp8") else QUANTIZATIONS.choose(query, name).value.create(query)
     started = time.perf_counter()
@@ -84,16 +88,13 @@ def build_executor(
     # One page is enough to run the largest step on; its activations then stay in the allocator, so free means free.
     with _told(platform, "the largest step", "lower --chunked-prefill-size or --max-running-requests"):
         executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device))
-        executor.warm_up(_largest_chunk(options))
+        _warm_up(executor, num_slots, _largest_chunk(options))
     num_pages = _num_pages(specs, options, platform)
     with _told(platform, "the key-value cache", "lower --mem-fraction-static"), platform.tagged("kv"):
         executor.use_pool(CachePool(specs, num_pages, page_size, platform.device))
-    captures = kernels.decode_attention.captures and kernels.single_attention.captures
-    captures = captures and (kernels.experts is None or kernels.experts.captures)
-    if options.executor.graph_batch_sizes and captures:
-        advice = "lower --mem-fraction-static or --cuda-graph-max-bs, or set --disable-cuda-graph"
-        with _told(platform, "the decode graphs", advice), platform.tagged("graphs"):
-            executor.capture(options.executor.graph_batch_sizes)
+    advice = "lower --mem-fraction-static or --cuda-graph-max-bs, or set --disable-cuda-graph"
+    with _told(platform, "the graphs", advice), platform.tagged("graphs"):
+        _capture(executor, runner, platform, state, kernels, options.executor)
     return BuiltExecutor(executor=executor, specs=specs, num_pages=num_pages)
 
 
@@ -103,6 +104,35 @@ def _as_wanted(config: ModelConfig, options: ModelOptions) -> ModelConfig:
         raise ConfigError(f"the model's weights are eight-bit floats: drop --quantization {options.quantization}")
     fp8 = Fp8Format() if config.fp8 is None and options.quantization == "fp8" else config.fp8
     return dataclasses.replace(config, dtype=options.dtype, fp8=fp8)
+
+
+def _warm_up(executor: Executor, padding_slot: int, num_tokens: int) -> None:
+    """Run a prompt of `num_tokens`, then a decode step, on the padding slot: kernels get compiled, memory taken."""
+    prompt = Chunk(slot=padding_slot, start=0, token_ids=(0,) * num_tokens, samples=True)
+    executor.launch(StepPlan(step_id=0, chunks=(prompt,))).result()
+    executor.launch(StepPlan(step_id=1, decode=(padding_slot,), decode_lens=(1,))).result()
+
+
+def _capture(
+    executor: Executor, runner: Runner, platform: Platform, state: SlotState, kernels: Kernels, options: ExecutorOptions
+) -> None:
+    """Record as graphs, over the present pool, what the options ask for and the kernels let be recorded."""
+    parts, pads = (runner, platform, state), options.graph_padding
+    decodes = kernels.decode_attention.captures and kernels.single_attention.captures
+    decodes = decodes and (kernels.experts is None or kernels.experts.captures)
+    mixes = decodes and kernels.prefill_attention.captures_prefill
+
+    @torch.inference_mode()
+    def record() -> Callable[[], None]:
+        decode = mixed = None
+        if decodes and options.graph_batch_sizes:
+            sizes, compile_up_to = options.graph_batch_sizes, options.compile_up_to
+            decode = DecodeGraphs(*parts, sizes, pads=pads, compile_up_to=compile_up_to)
+        if mixes and options.graph_token_counts:
+            mixed = MixedGraphs(*parts, options.graph_token_counts, pads=pads)
+        return lambda: executor.use_graphs(decode, mixed)
+
+    platform.submit(record).result()
 
 
 @contextmanager

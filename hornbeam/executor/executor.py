@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hornbeam.cache.pool import CachePool
-from hornbeam.core.plan import Chunk, StepPlan, StepResult
+from hornbeam.core.plan import StepPlan, StepResult
 from hornbeam.core.request import TokenLogprobs
 from hornbeam.executor.graphs import DecodeGraphs
+from hornbeam.executor.mixed_graphs import MixedGraphs
 from hornbeam.executor.runner import NUM_LANES, Runner
 from hornbeam.executor.state import Batch, SlotState
 from hornbeam.platforms.contract import Pending, Platform
@@ -30,7 +31,8 @@ class Executor:
         self._platform = platform
         self._state = state
         self._sampler = sampler
-        self._graphs: DecodeGraphs | None = None
+        self._decode_graphs: DecodeGraphs | None = None
+        self._mixed_graphs: MixedGraphs | None = None
 
     def launch(self, plan: StepPlan) -> Pending[StepResult]:
         """Start a step. Steps run in the order of their launch; what goes wrong is raised by the result."""
@@ -40,26 +42,14 @@ class Executor:
         """Run a step that samples nothing; the logits [T, V] after every token of it, for those who compare models."""
         return self._platform.submit(lambda: self._examine(plan)).result()
 
-    def warm_up(self, num_tokens: int) -> None:
-        """Run a prompt of `num_tokens`, then a decode step, on the padding slot: kernels get compiled, memory taken."""
-        slot = self._state.num_slots
-        prompt = Chunk(slot=slot, start=0, token_ids=(0,) * num_tokens, samples=True)
-        self.launch(StepPlan(step_id=0, chunks=(prompt,))).result()
-        self.launch(StepPlan(step_id=1, decode=(slot,), decode_lens=(1,))).result()
-
     def use_pool(self, pool: CachePool) -> None:
         """Read and write the tensors of `pool` from now on; graphs over another one are dropped."""
-        self._graphs = None
+        self.use_graphs(None, None)
         self._runner.use_pool(pool)
 
-    def capture(self, batch_sizes: tuple[int, ...]) -> None:
-        """Record decode steps of these sizes (ascending) as graphs over the present pool."""
-        self._graphs = self._platform.submit(lambda: self._capture(batch_sizes)).result()
-
-    @torch.inference_mode()
-    def _capture(self, batch_sizes: tuple[int, ...]) -> Callable[[], DecodeGraphs]:
-        graphs = DecodeGraphs(self._runner, self._platform, self._state, batch_sizes)
-        return lambda: graphs
+    def use_graphs(self, decode: DecodeGraphs | None, mixed: MixedGraphs | None) -> None:
+        """Replay these, over the present pool, where they fit."""
+        self._decode_graphs, self._mixed_graphs = decode, mixed
 
     @torch.inference_mode()
     def _examine(self, plan: StepPlan) -> Callable[[], Tensor]:
@@ -72,20 +62,29 @@ class Executor:
     def _step(self, plan: StepPlan) -> Callable[[], StepResult]:
         _refuse_unsupported(plan)
         lane = plan.step_id % NUM_LANES
-        graphs = self._graphs if self._graphs is not None and self._graphs.cover(plan) else None
-        num_rows = graphs.padded(plan) if graphs else len(plan.decode)
+        graphs = self._decode_graphs
+        fit = None if graphs is None else graphs.fit(plan)
+        num_rows = len(plan.decode) if fit is None else fit.size
         batch = self._state.apply(plan, num_rows, lambda host: self._platform.upload(host, lane))
         decode_lens = self._state.lens[batch.decode_slots] + 1
-        if graphs:
-            logits, scores = graphs.replay(lane, plan, batch), None
+        if graphs is not None and fit is not None:
+            logits, scores = graphs.replay(lane, plan, batch, fit), None
         else:
-            hidden = self._runner.run(lane, plan, batch)
+            hidden = self._hidden(lane, plan, batch)
             logits, scores = self._runner.logits(hidden, batch), self._score(plan, batch, hidden)
         self._state.advance(
             torch.cat((batch.decode_slots, batch.chunk_slots)), torch.cat((decode_lens, batch.chunk_ends))
         )
         sampled = self._sample(plan, batch, logits, decode_lens) if plan.num_samples else None
         return lambda: _result(plan, sampled, scores)
+
+    def _hidden(self, lane: int, plan: StepPlan, batch: Batch) -> Tensor:
+        """Hidden rows of the step's tokens; rows of padding may follow."""
+        graphs = self._mixed_graphs
+        fit = None if graphs is None else graphs.fit(plan)
+        if graphs is None or fit is None:
+            return self._runner.run(lane, plan, batch)
+        return graphs.replay(lane, plan, batch, fit)
 
     def _sample(self, plan: StepPlan, batch: Batch, logits: Tensor, decode_lens: Tensor) -> Sampled:
         """Choose ids, remember them on the device, and start their way to the host."""

@@ -6,32 +6,62 @@ There are two kinds: rows that each read all of their own keys, and rows that re
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hornbeam.core.plan import SharedPrefix, StepPlan
+from hornbeam.executor.compiling import compiled
 from hornbeam.executor.runner import NUM_LANES, Runner
 from hornbeam.executor.state import Batch, SlotState
-from hornbeam.layers.forward import GroupForward
+from hornbeam.layers.forward import Forward, GroupForward
 from hornbeam.ops.attention.contract import Attend, LatentAttend
 from hornbeam.platforms.contract import Platform
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Which graph serves a step."""
+
+    size: int  # rows or tokens, padding included
+    shared: tuple[SharedPrefix, ...] | None  # prefixes that are read once; None: of the other kind
+
+
+def fit_size(sizes: Sequence[int], number: int, *, pads: bool) -> int | None:
+    """The least of the ascending `sizes` that holds `number`; None if there is none, or it may not be padded."""
+    index = bisect_left(sizes, number)
+    fits = index < len(sizes) and (pads or sizes[index] == number)
+    return sizes[index] if fits else None
+
+
 class DecodeGraphs:
-    """Inputs are copied into buffers that all sizes share; the outputs, logits, share one memory pool.
+    """Inputs are copied into buffers that all sizes share; the outputs, logits, share memory as well.
 
     That is safe because steps run one after the other on one stream, and logits are consumed before the next step.
     """
 
-    def __init__(self, runner: Runner, platform: Platform, state: SlotState, batch_sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        platform: Platform,
+        state: SlotState,
+        batch_sizes: tuple[int, ...],
+        *,
+        pads: bool,
+        compile_up_to: int,
+    ) -> None:
+        """Record ascending `batch_sizes`, those up to `compile_up_to` of the compiled model. pads: serve any size."""
         started = time.perf_counter()
         self._runner = runner
         self._state = state
         self._sizes = batch_sizes
+        self._pads = pads
+        self._compile_up_to = compile_up_to
+        self._compiled = compiled(runner.model) if compile_up_to else runner.model
         largest, device = batch_sizes[-1], platform.device
         self._slots = torch.full((largest,), state.num_slots, device=device)
         self._ids = torch.zeros_like(self._slots)
@@ -46,32 +76,26 @@ class DecodeGraphs:
         seconds = time.perf_counter() - started
         logger.info("captured decode graphs for batch sizes %s in %.1f s", list(batch_sizes), seconds)
 
-    def cover(self, plan: StepPlan) -> bool:
-        """Whether the step is one of those recorded: decode rows alone, and not too many."""
-        return not plan.chunks and len(plan.decode) <= self._sizes[-1]
+    def fit(self, plan: StepPlan) -> Fit | None:
+        """The graph for a step of decode rows alone; None for other steps, and for larger ones than recorded."""
+        if plan.chunks:
+            return None
+        shared = self._runner.worth_sharing(plan) if self._shared_sizes else None
+        if shared is not None and (size := fit_size(self._shared_sizes, len(plan.decode), pads=self._pads)):
+            return Fit(size, shared)
+        size = fit_size(self._sizes, len(plan.decode), pads=self._pads)
+        return None if size is None else Fit(size, None)
 
-    def padded(self, plan: StepPlan) -> int:
-        """The batch size that a step runs with."""
-        num_rows = len(plan.decode)
-        sizes = self._sizes if self._shared(plan) is None else self._shared_sizes
-        return sizes[bisect_left(sizes, num_rows)]
-
-    def _shared(self, plan: StepPlan) -> tuple[SharedPrefix, ...] | None:
-        """What the step reads once; None if that does not pay, or the step is larger than such ones are recorded."""
-        recorded = self._shared_sizes and len(plan.decode) <= self._shared_sizes[-1]
-        return self._runner.worth_sharing(plan) if recorded else None
-
-    def replay(self, lane: int, plan: StepPlan, batch: Batch) -> Tensor:
-        """Logits [B, V], valid until the next replay."""
-        shared = self._shared(plan)
-        size = len(batch.decode_slots)
+    def replay(self, lane: int, plan: StepPlan, batch: Batch, fit: Fit) -> Tensor:
+        """Logits [B, V] of a batch that is padded to the graph's size; valid until the next replay."""
+        size = fit.size
         positions = self._state.lens[batch.decode_slots]
         self._slots[:size] = batch.decode_slots
         self._ids[:size] = self._state.last_ids[batch.decode_slots]
         self._positions[:size] = positions
         self._lens[:size] = positions + 1
-        self._plan(lane, size, plan.decode_lens, shared)
-        return self._replays[lane, size, shared is not None]()
+        self._plan(lane, size, plan.decode_lens, fit.shared)
+        return self._replays[lane, size, fit.shared is not None]()
 
     def _plan(
         self, lane: int, size: int, len_bounds: tuple[int, ...], shared: tuple[SharedPrefix, ...] | None
@@ -86,6 +110,8 @@ class DecodeGraphs:
         """The forward pass over the buffers, planned for padding rows."""
         attends = self._plan(lane, size, (), () if shares else None)
 
+        model = self._compiled if size <= self._compile_up_to else self._runner.model
+
         def run() -> Tensor:
             slots, positions = self._slots[:size], self._positions[:size]
             groups = [
@@ -93,8 +119,8 @@ class DecodeGraphs:
                 for group, attend in enumerate(attends)
             ]
             padding = slots == self._state.num_slots if size > 1 else None
-            fwd = self._runner.forward(size, groups, padding)
-            hidden = self._runner.model(self._ids[:size], positions, fwd)
+            fwd = Forward(num_decode=size, caches=self._runner.caches, groups=tuple(groups), padding=padding)
+            hidden = model(self._ids[:size], positions, fwd)
             return self._runner.model.logits(hidden)
 
         return run

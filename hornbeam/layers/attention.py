@@ -90,6 +90,13 @@ def attend_step(
     step, outputs = fwd.groups[group], []
     assert not isinstance(step.decode, LatentAttend)
     assert not isinstance(step.prefill, LatentAttend)
+    if fwd.decodes is not None:
+        assert step.decode is not None
+        assert step.prefill is not None
+        out = step.prefill(q, *pages, sinks)
+        decoded = step.decode(q[:n], *pages, sinks)
+        torch.where(fwd.decodes[:, None, None], decoded, out[:n], out=out[:n])
+        return out
     if step.decode is not None:
         outputs.append(step.decode(q[:n], *pages, sinks))
     if step.prefill is not None:

@@ -1,6 +1,7 @@
 """What a step brings to the layers besides its ids: `model.forward(ids, positions, fwd)`."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ class GroupForward:
 
     rows: Tensor  # [T] int64: page * S + offset where what is cached of each token goes
     decode: Attend | LatentAttend | None  # for the first num_decode tokens
-    prefill: Attend | LatentAttend | None  # for the rest
+    prefill: Attend | LatentAttend | None  # for the rest; for all tokens if `decodes` is there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,18 @@ class Forward:
     num_decode: int
     caches: tuple[LayerCache, ...]  # by layer
     groups: tuple[GroupForward, ...]  # by cache group
+    decodes: Tensor | None = None  # [num_decode] bool: those that decode, where a graph must serve any number of them
     input_embeds: Tensor | None = None  # [T, H]: taken instead of looking the ids up
     padding: Tensor | None = None  # [T] bool: rows that stand for no token; None: there is none
     adapters: Tensor | None = None  # [T] adapter slot of each token; None: no adapter in this step
     collect_layers: tuple[int, ...] = ()  # layers whose hidden rows are wanted
+
+
+class Model(Protocol):
+    """What a family's `build` returns, as far as steps are concerned."""
+
+    def __call__(self, ids: Tensor, positions: Tensor, fwd: Forward) -> Tensor:
+        """Ids and positions [T] int64 -> hidden rows [T, H]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, H] -> [R, V]."""

@@ -3,7 +3,9 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
+
+import torch
 
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION, Activation
@@ -40,8 +42,18 @@ class Kernels:
     single_attention: AttentionBackend
 
 
-def choose_kernels(query: OpQuery, decode_attention: str = "auto", prefill_attention: str = "auto") -> Kernels:
+def choose_kernels(
+    query: OpQuery,
+    decode_attention: str = "auto",
+    prefill_attention: str = "auto",
+    *,
+    fused: bool = True,
+    traced: bool = False,
+) -> Kernels:
     """The first backend of each op that supports `query` and passes its probe; those of attention may be named.
+
+    fused: False for plain torch where backends differ in how much one kernel does. traced: there plain torch is what
+    torch's compiler sees, which fuses by itself.
 
     Raises:
         ConfigError: the named attention backend cannot serve; the message says why.
@@ -52,16 +64,18 @@ def choose_kernels(query: OpQuery, decode_attention: str = "auto", prefill_atten
     decode, prefill, single = DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
     if latent:
         decode, prefill, single = LATENT_ATTENTION, LATENT_ATTENTION, SINGLE_LATENT_ATTENTION
+    plain = "auto" if fused else "reference"
+    chosen = _choose_traced if traced else _choose
     return Kernels(
-        activation=_choose(ACTIVATION, query, probes.activation),
+        activation=chosen(ACTIVATION, query, probes.activation, plain),
         decode_attention=_choose(decode, query, attention_probe, decode_attention),
         experts=_choose(EXPERTS, query, probes.experts) if query.mixture else None,
         fp8_linear=_choose(FP8_LINEAR, query, probes.fp8_linear) if query.fp8 else None,
         latent_rows=_choose(LATENT_ROWS, query, probes.latent_rows) if latent else None,
-        linear=_choose(LINEAR, query, probes.linear),
-        norm=_choose(NORM, query, probes.norm),
+        linear=chosen(LINEAR, query, probes.linear, plain),
+        norm=chosen(NORM, query, probes.norm, plain),
         prefill_attention=_choose(prefill, query, attention_probe, prefill_attention),
-        qkv=_choose(QKV, query, probes.qkv),
+        qkv=_choose(QKV, query, probes.qkv, plain),
         routing=_choose(ROUTING, query, probes.routing) if query.mixture else None,
         sample=_choose(SAMPLE, query, probes.sample),
         single_attention=_choose(single, query, attention_probe, decode_attention),
@@ -72,3 +86,18 @@ def _choose(registry: Registry[OpQuery, T], query: OpQuery, probe: Callable[[T],
     choice = registry.choose(query, wanted, probe)
     logger.info("%s = %s (%s)", registry.name, choice.name, choice.reason)
     return choice.value
+
+
+def _choose_traced(registry: Registry[OpQuery, T], query: OpQuery, probe: Callable[[T], None], wanted: str) -> T:
+    return cast(T, _Traced(_choose(registry, query, probe, wanted), registry.load("reference")))
+
+
+class _Traced:
+    """A backend that is plain torch as long as torch's compiler looks."""
+
+    def __init__(self, backend: Any, plain: Any) -> None:
+        self._backend = backend
+        self._plain = plain
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain if torch.compiler.is_compiling() else self._backend, name)

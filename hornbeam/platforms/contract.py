@@ -44,4 +44,7 @@ class Platform(Protocol):
         """Copy a CPU tensor to the device without waiting; a lane's staging memory is free again after its step."""
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Record `run` as a graph; the result replays it and returns the same output tensor. Asks facts().graphs."""
+        """Record `run` as a graph; asks facts().graphs. The result replays it.
+
+        Its output lies at the same place each time, and is valid until any graph is replayed.
+        """

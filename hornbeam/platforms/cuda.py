@@ -12,8 +12,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from hornbeam.config.environment import read_environment
 from hornbeam.core.platform import PlatformFacts
 from hornbeam.platforms.contract import MemoryTag
+from hornbeam.platforms.stale_locks import sweep_stale_locks
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ class CudaPlatform:
         return host.pin_memory().to(self.device, non_blocking=True)
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """See `Platform`. Graphs replay one after the other, so they share memory; the output stays the graph's own.
+        """See `Platform`. Graphs replay one after the other, so they share memory, that of their outputs included.
 
         `run` first runs as it is, so that what it compiles, loads and allocates once is not part of the graph.
         """
@@ -123,12 +125,31 @@ class CudaPlatform:
             output = run()
         finally:
             graph.capture_end()
+        output = _borrowed(output)
 
         def replay() -> Tensor:
             graph.replay()
             return output
 
         return replay
+
+
+class _Memory:
+    """A tensor's memory as bytes, for whoever reads this interface; does not keep it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.is_contiguous()
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "shape": (tensor.nbytes,),
+            "typestr": "|u1",
+        }
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that does not own it, so that the allocator gives it to the next graph, too."""
+    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)
 
 
 def _raiser(error: Exception) -> Callable[[], Any]:
@@ -152,6 +173,8 @@ class CudaEntry:
 
     def create(self) -> CudaPlatform:
         """See `PlatformEntry`."""
+        environment = read_environment()
+        sweep_stale_locks(environment.build_caches, environment.stale_lock_seconds)
         return CudaPlatform()
 
 

@@ -117,8 +117,11 @@ class Planner:
         """The next step; an empty one if nothing can run now. `in_flight`: some result is still to come."""
         while True:
             step = Step(step_id=step_id)
-            self._plan_decode(step)
+            if self._options.mixes:
+                self._plan_decode(step)
             self._plan_chunks(step)
+            if not self._options.mixes and not step.chunks:
+                self._plan_decode(step)
             short = step.starved or (step.empty and not in_flight)
             if not (short and self._relieve() and step.empty):
                 return step  # else there is room now: try again
@@ -168,7 +171,8 @@ class Planner:
         reads along."""
         limit, num_streams = self.pace.max_prompt_tokens, len(self._running.decoding)
         num_waiting = len(self._running.prefilling) + len(self._queue)
-        if limit is None or not num_streams or num_waiting > max(FEW, num_streams // FEW):
+        many_wait = num_waiting > max(FEW, num_streams // FEW)
+        if limit is None or not num_streams or many_wait or not self._options.mixes:
             return self._memory.chunk_size
         if not any(state.request.streamed for state in self._running.decoding):
             return self._memory.chunk_size

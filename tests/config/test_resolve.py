@@ -92,6 +92,38 @@ def test_graph_sizes() -> None:
     assert resolve(GPU).executor.graph_batch_sizes[-1] == 256
     assert resolve(GPU, cuda_graph_bs=[4, 1], cuda_graph_max_bs=6).executor.graph_batch_sizes == (1, 4, 6)
     assert resolve(GPU, max_running_requests=10).executor.graph_batch_sizes == (1, 2, 4, 8, 10)
+    assert resolve(GPU, max_running_requests=10).reasons["cuda_graph_max_bs"].value == 256
+    large = resolve(GPU, cuda_graph_max_bs=512, max_running_requests=400).executor.graph_batch_sizes
+    assert large[-4:] == (320, 352, 384, 400)
+
+
+@pytest.mark.parametrize("user", [{"cuda_graph_bs": [0, 4]}, {"cuda_graph_max_bs": 0}])
+def test_graphs_of_nothing_are_refused(user: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--cuda-graph-bs and --cuda-graph-max-bs must be at least 1"):
+        resolve(GPU, **user)
+
+
+def test_compiling_needs_graphs() -> None:
+    assert resolve(GPU).executor.compile_up_to == 0
+    assert resolve(GPU, enable_torch_compile=True).executor.compile_up_to == 32
+    assert resolve(GPU, enable_torch_compile=True, torch_compile_max_bs=4).executor.compile_up_to == 4
+    for platform, user in ((CPU, {}), (GPU, {"disable_cuda_graph": True}), (GPU, {"disable_decode_cuda_graph": True})):
+        with pytest.raises(ConfigError, match="--enable-torch-compile compiles the decode steps that are recorded"):
+            resolve(platform, enable_torch_compile=True, **user)
+
+
+def test_which_steps_have_graphs() -> None:
+    assert resolve(GPU).executor.graph_token_counts[-1] == 512
+    assert resolve(CPU).executor.graph_token_counts == ()
+    assert resolve(GPU, disable_cuda_graph=True).executor.graph_token_counts == ()
+    without_decode = resolve(GPU, disable_decode_cuda_graph=True).executor
+    assert without_decode.graph_batch_sizes == ()
+    assert without_decode.graph_token_counts
+    without_prefill = resolve(GPU, disable_prefill_cuda_graph=True).executor
+    assert without_prefill.graph_batch_sizes
+    assert without_prefill.graph_token_counts == ()
+    assert resolve(GPU).executor.graph_padding
+    assert not resolve(GPU, disable_cuda_graph_padding=True).executor.graph_padding
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hornbeam.core.errors import ConfigError
 pytestmark = pytest.mark.cpu
 
 
-@pytest.mark.parametrize(("broken", "what"), [("_load", "the weights"), ("Executor.warm_up", "the largest step")])
+@pytest.mark.parametrize(("broken", "what"), [("_load", "the weights"), ("_warm_up", "the largest step")])
 def test_no_memory_left(tiny_checkpoint, monkeypatch, broken, what):
     from hornbeam import Engine
 

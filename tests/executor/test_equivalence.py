@@ -73,6 +73,8 @@ def alone(checkpoint: Path) -> dict[str, list[int]]:
         {"chunked_prefill_size": 32},
         {"chunked_prefill_size": 1, "page_size": 1},
         {"max_running_requests": 3},
+        {"disable_mixed_chunk": True, "chunked_prefill_size": 32, "max_total_tokens": 256},
+        {"disable_fused_kernels": True},
         {"max_total_tokens": 256, "page_size": 4},
         *({"max_total_tokens": 256, "radix_eviction_policy": policy} for policy in ("lfu", "slru", "priority")),
         {"max_total_tokens": 112, "page_size": 1, "chunked_prefill_size": 16},

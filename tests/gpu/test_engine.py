@@ -37,8 +37,19 @@ def test_float32_equals_the_cpu(tiny_checkpoint, reference):
     assert tokens(tiny_checkpoint, device="cuda", dtype="float32") == reference
 
 
-@pytest.mark.parametrize("flags", [{}, {"disable_cuda_graph": True}, {"disable_overlap_schedule": True}], ids=str)
-def test_graphs_and_overlap_change_no_token(wide_checkpoint, wide_reference, flags):
+WAYS = [
+    {},
+    {"disable_cuda_graph": True},
+    {"disable_decode_cuda_graph": True},
+    {"disable_prefill_cuda_graph": True},
+    {"disable_cuda_graph_padding": True, "cuda_graph_bs": [1, 3]},
+    {"disable_overlap_schedule": True},
+    {"max_running_requests": 3},
+]
+
+
+@pytest.mark.parametrize("flags", WAYS, ids=str)
+def test_graphs_padding_and_overlap_change_no_token(wide_checkpoint, wide_reference, flags):
     assert tokens(wide_checkpoint, dtype="float32", attention_backend="triton", **flags) == wide_reference
 
 

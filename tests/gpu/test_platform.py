@@ -79,6 +79,23 @@ def test_a_graph_replays_on_what_its_inputs_hold_now(platform):
         assert platform.submit(step).result() == [2 * number] * 8
 
 
+def test_outputs_of_graphs_share_memory(platform):
+    size = 64 << 20
+    before = torch.cuda.memory_allocated()
+    replays = [
+        platform.submit(lambda k=k: _value(platform.capture(lambda: torch.full((size,), k, device="cuda")))).result()
+        for k in range(4)
+    ]
+    assert torch.cuda.memory_allocated() - before < 2 * 4 * size
+    for k in (2, 0, 3, 1):
+
+        def step(k: int = k) -> object:
+            ends = replays[k]()[:: size - 1].to("cpu", non_blocking=True)
+            return lambda: ends.tolist()
+
+        assert platform.submit(step).result() == [k, k]
+
+
 def test_float32_products_are_exact_to_float32(platform):
     a, b = (torch.randn(256, 256, dtype=torch.float64, device=platform.device) for _ in range(2))
     error = ((a.float() @ b.float()).double() - a @ b).abs().max().item()

@@ -54,7 +54,7 @@ BROKEN = {
     "lies-in-supports": (
         (
             "class Backend:\n"
-            "    captures = True\n"
+            "    captures = captures_prefill = True\n"
             "    least_shared = None\n"
             "    def supports(self, query):\n        return None\n"
             "    def __getattr__(self, name):\n        raise RuntimeError('no kernel image for this device')\n"

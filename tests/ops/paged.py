@@ -96,6 +96,23 @@ def expected_output(case: PagedCase, sinks: Tensor | None = None) -> Tensor:
     return attend(*wide, sinks)
 
 
+def as_recorded(case: PagedCase, num_rows: int, before: int, after: int) -> PagedCase:
+    """The rows of `case` as a graph sees them: among empty rows, and with queries of nobody before and after theirs."""
+    rows = case.rows
+    num_unused = num_rows - len(rows.len_bounds) - 2
+    tensors = {name: getattr(rows, name) for name in ("slots", "lens")}
+    q = torch.randn(before + len(case.q) + after, *case.q.shape[1:], device=case.q.device).to(case.q.dtype)
+    q[before : before + len(case.q)] = case.q
+    rows = replace(
+        rows,
+        len_bounds=[0, *rows.len_bounds, *[0] * num_unused, 0],
+        query_lens=[before, *rows.query_lens, *[0] * num_unused, after],
+        captured=True,
+        **{name: torch.nn.functional.pad(tensor, (1, num_unused + 1)) for name, tensor in tensors.items()},
+    )
+    return replace(case, rows=rows, q=q)
+
+
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
     """What the format of the result, and of the weights of the keys, leaves."""
     return {

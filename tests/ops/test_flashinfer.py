@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from ops.paged import PAGE_SIZE, PagedCase, expected_output, make_case, make_shape, tolerance
+from ops.paged import PAGE_SIZE, PagedCase, as_recorded, expected_output, make_case, make_shape, tolerance
 
 from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape
 from hornbeam.ops.query import OpQuery
@@ -106,6 +106,41 @@ def test_a_captured_decode_follows_new_plans(backend, shape):
             check(dataclasses.replace(case, rows=dataclasses.replace(case.rows, len_bounds=bounds)), out)
             eager = dataclasses.replace(case.rows, len_bounds=bounds, captured=False)
             assert torch.equal(out, run(case, attention.plan_decode(eager)))
+
+
+def test_a_captured_prefill_follows_new_plans(backend, shape):
+    """One graph, captured on nothing at all; then rows with long and short prefixes, few and many queries."""
+    attention = backend.create(shape, 8)
+    empty = as_recorded(make_case(shape, [64, 480], [20, 65]), num_rows=6, before=40, after=131)
+    rows = dataclasses.replace(empty.rows, len_bounds=[0] * 6, query_lens=[0] * 5 + [256])
+    q, (k_pages, v_pages) = empty.q.clone(), (torch.randn_like(empty.k_pages) for _ in "kv")
+    tables = torch.zeros((16, rows.page_tables.shape[1]), dtype=torch.int32, device="cuda")
+    rows = dataclasses.replace(rows, page_tables=tables)
+    planned = attention.plan_prefill(rows)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        planned(q, k_pages, v_pages)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        out = planned(q, k_pages, v_pages)
+        graph.capture_end()
+        for lens, query_lens, before in (([480, 64], [65, 20], 40), ([500], [2], 0), ([31, 64, 5], [31, 60, 5], 99)):
+            case = make_case(shape, lens, query_lens)
+            now = as_recorded(case, num_rows=6, before=before, after=256 - before - sum(query_lens))
+            q.copy_(now.q)
+            k_pages[: len(case.k_pages)], v_pages[: len(case.v_pages)] = case.k_pages, case.v_pages
+            tables[: len(now.rows.page_tables)] = now.rows.page_tables
+            rows.slots.copy_(now.rows.slots)
+            rows.lens.copy_(now.rows.lens)
+            bounds = {"len_bounds": now.rows.len_bounds, "query_lens": now.rows.query_lens}
+            assert attention.plan_prefill(dataclasses.replace(rows, **bounds)) is planned
+            graph.replay()
+            stream.synchronize()
+            check(case, out[before : before + len(case.q)])
+            assert not out[:before].any()
+            assert not out[before + len(case.q) :].any()
 
 
 def test_two_lanes_do_not_disturb_each_other(backend, shape):

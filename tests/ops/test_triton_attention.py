@@ -1,6 +1,8 @@
+import dataclasses
+
 import pytest
 import torch
-from ops.paged import expected_output, make_case, make_shape, tolerance
+from ops.paged import as_recorded, expected_output, make_case, make_shape, tolerance
 
 pytest.importorskip("triton")
 
@@ -53,6 +55,33 @@ def test_a_captured_plan_follows_the_tensors(device):
 def test_prefill_after_a_cached_prefix(device, dtype, heads):
     case = make_case(make_shape(device, dtype, *heads), [70, 1, 150, 33], [70, 1, 65, 2])
     check(case, create(case.shape, 8).plan_prefill(case.rows))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_recorded_prefill_follows_new_plans(device, window):
+    """Rows among empty ones: the same `attend` for as many queries in all, whosoever they are."""
+    shape, attends = make_shape(device, torch.float32, 6, 2, 32, window=window), []
+    attention = create(shape, 8)
+    addresses = None
+    for lens, query_lens, before in (([70, 300], [20, 65], 40), ([33], [2], 0), ([31, 64, 5], [31, 60, 5], 1)):
+        case = make_case(shape, lens, query_lens)
+        after = 128 - before - sum(query_lens)
+        recorded = as_recorded(case, num_rows=6, before=before, after=after)
+        rows = recorded.rows
+        if addresses is None:
+            addresses = rows.page_tables.new_zeros(16, rows.page_tables.shape[1]), rows.slots, rows.lens
+        tables, slots, lengths = addresses
+        tables[: len(rows.page_tables)] = rows.page_tables
+        slots.copy_(rows.slots)
+        lengths.copy_(rows.lens)
+        rows = dataclasses.replace(rows, page_tables=tables, slots=slots, lens=lengths)
+        attends.append(attention.plan_prefill(rows))
+        out = attends[-1](recorded.q, case.k_pages, case.v_pages)
+        ours = out[before : before + len(case.q)]
+        torch.testing.assert_close(ours.double(), expected_output(case), **tolerance(torch.float32))
+        assert not out[:before].any()
+        assert not out[before + len(case.q) :].any()
+    assert attends == attends[:1] * 3
 
 
 @pytest.mark.parametrize(("window", "soft_cap", "has_sinks"), KINDS)

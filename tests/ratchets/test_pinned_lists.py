@@ -15,18 +15,20 @@ from hornbeam.config.flags_page import flags_page
 FLAG_NAMES = """
     abort_on_priority_when_disabled admin_api_key api_key attention_backend chat_template chunked_prefill_size
     context_length cuda_graph_bs cuda_graph_max_bs decode_attention_backend default_priority_value device
-    disable_cascade_attention disable_cuda_graph disable_overlap_schedule disable_priority_preemption
-    disable_radix_cache dtype enable_metrics enable_priority_scheduling hf_chat_template_name host
+    disable_cascade_attention disable_cuda_graph disable_cuda_graph_padding disable_decode_cuda_graph
+    disable_fused_kernels disable_mixed_chunk disable_overlap_schedule disable_prefill_cuda_graph
+    disable_priority_preemption
+    disable_radix_cache dtype enable_metrics enable_priority_scheduling enable_torch_compile hf_chat_template_name host
     incremental_streaming_output json_model_override_args load_format log_level max_prefill_tokens max_queued_requests
     max_running_requests max_total_tokens mem_fraction_static model_impl model_path page_size port
     prefill_attention_backend priority_scheduling_preemption_threshold quantization radix_eviction_policy random_seed
     record_schedule revision sampling_defaults schedule_conservativeness schedule_low_priority_values_first
     schedule_policy served_model_name skip_tokenizer_init stream_interval swa_full_tokens_ratio tokenizer_path
-    trust_remote_code watchdog_timeout
+    torch_compile_max_bs trust_remote_code watchdog_timeout
 """
 ENVIRONMENT_VARIABLES = """
     HORNBEAM_CACHE_DIR HORNBEAM_DISABLED_MODEL_ARCHS HORNBEAM_REQ_RUNNING_TIMEOUT HORNBEAM_REQ_WAITING_TIMEOUT
-    HORNBEAM_STRICT_CHECKS
+    HORNBEAM_STALE_LOCK_AGE_MINUTES HORNBEAM_STRICT_CHECKS
 """
 PUBLIC_NAMES = "Engine __version__"
 
@@ -54,7 +56,9 @@ FIELDS = {
     """,
 }
 TORCH_FIELDS = {
-    "hornbeam.layers.forward:Forward": "adapters caches collect_layers groups input_embeds num_decode padding",
+    "hornbeam.layers.forward:Forward": """
+        adapters caches collect_layers decodes groups input_embeds num_decode padding
+    """,
     "hornbeam.layers.forward:GroupForward": "decode prefill rows",
 }
 

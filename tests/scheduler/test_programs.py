@@ -208,6 +208,12 @@ class ProgramsWithoutTree(Programs):
         }
 
 
+class ProgramsWithStepsOfOneKind(Programs):
+    @staticmethod
+    def simulation_options() -> dict[str, object]:
+        return Programs.simulation_options() | {"mixes": False}
+
+
 TestPrograms = Programs.TestCase
 TestPrograms.settings = limits
 TestProgramsWithWindows = ProgramsWithWindows.TestCase
@@ -216,3 +222,5 @@ TestProgramsWithPriorities = ProgramsWithPriorities.TestCase
 TestProgramsWithPriorities.settings = limits
 TestProgramsWithoutTree = ProgramsWithoutTree.TestCase
 TestProgramsWithoutTree.settings = limits
+TestProgramsWithStepsOfOneKind = ProgramsWithStepsOfOneKind.TestCase
+TestProgramsWithStepsOfOneKind.settings = limits

@@ -46,7 +46,7 @@ class Rows:
     query_lens: Sequence[int]  # B: queries of each row; for decode all the same
     shared: Sequence[SharedPrefix] | None = None  # prefixes to be read once; None: each row reads all of its own
     fresh: bool = False  # `attend` gets the keys and values of the queries' own tokens, too
-    captured: bool = False  # `attend` runs inside a graph: addresses must stay the same for this B
+    captured: bool = False  # `attend` runs inside a graph: its addresses must stay the same
 
 
 Fresh = tuple[Tensor, Tensor]  # k and v [T, Hk, D]: what the step has written for the queries' own tokens
@@ -83,18 +83,32 @@ class Attention(Protocol):
     def plan_decode(self, rows: Rows) -> Attend | LatentAttend:
         """For rows with one query each (or the same small number). Host work and uploads only.
 
-        With `rows.captured`, the result for a given B is always the same object over the same addresses; the tensors
-        in `rows` are then the same at each call, and their contents at the time of the replay are what counts.
+        With `rows.captured`, the result for a given B and given tensors in `rows` is always the same, over the same
+        addresses; what these tensors hold when the graph is replayed is what counts.
         """
 
     def plan_prefill(self, rows: Rows) -> Attend | LatentAttend:
-        """For rows with any numbers of queries."""
+        """For rows with any numbers of queries.
+
+        With `rows.captured`, if the backend `captures_prefill`: as above, for a given sum of `query_lens`, the same B
+        and without `fresh`. Rows may then be empty: queries of a row with a bound of 0 get zeros.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupAttention:
+    """The attention of one cache group in one lane; each may be done by another backend."""
+
+    single: Attention  # decode of one row alone
+    decode: Attention
+    prefill: Attention
 
 
 class AttentionBackend(Protocol):
     """A registry entry: says what it can do and makes instances."""
 
-    captures: bool  # `attend` can run inside a device graph
+    captures: bool  # decode can run inside a device graph
+    captures_prefill: bool  # prefill, too
     least_shared: int | None  # tokens that shared prefixes must save per step to pay; None: cannot share
 
     def supports(self, query: OpQuery) -> str | None:

@@ -193,6 +193,7 @@ class CpuBackend:
     """See `AttentionBackend`."""
 
     captures = False
+    captures_prefill = False
     least_shared = 512  # not measured: merging is cheap beside reading that many tokens
 
     def supports(self, query: OpQuery) -> str | None:

@@ -2,7 +2,8 @@
 
 Decode runs on tensor cores for every group size: it reads the cache once, and so is bound by memory all the same. Each
 batch size has a wrapper in graph mode, captured or not, so that a step gives the same numbers either way. Prefill takes
-FlashAttention-3 on Hopper where its module is there, else FlashAttention-2.
+FlashAttention-3 on Hopper where its module is there, else FlashAttention-2; recorded prefill always the latter, which
+splits the keys of a few queries over the whole device.
 
 Plans are made on the host from upper bounds of lengths, without waiting for the device. Which pages and how many tokens
 a row has is filled in on the device. A length that falls short of its bound by pages may cross a split of the plan,
@@ -31,6 +32,7 @@ _HEAD_DIMS = (64, 128, 256)
 _DTYPES = ("bfloat16", "float16")
 _PREFILL_TILE = 128  # packed queries of FlashAttention-2's largest tile
 _PLAN_BYTES_PER_ROW = 64  # of a decode plan; it takes less than half of it
+_LEAST_PREFILL_ROWS = 64  # room for recorded steps, which have more rows than there may be requests
 
 
 class FlashInferAttention:
@@ -45,7 +47,7 @@ class FlashInferAttention:
         self._plan_buffer = torch.empty(plan_bytes, dtype=torch.uint8, device=device)
         self._cascade = Cascade(shape, max_rows, 2 * num_processors)
         self._decode_pages = PageLists(shape, max_rows)
-        self._prefill_pages = PageLists(shape, max_rows)
+        self._prefill_pages = PageLists(shape, max(max_rows, _LEAST_PREFILL_ROWS))
         self._no_indices = torch.empty(0, dtype=torch.int32, device=device)
         self._decodes: dict[int, tuple[BatchDecodeWithPagedKVCacheWrapper, Attend]] = {}
         hopper = torch.cuda.get_device_capability(device) == (9, 0)
@@ -55,6 +57,8 @@ class FlashInferAttention:
         self._masks = {"window_left": (shape.window or 0) - 1, "logits_soft_cap": shape.soft_cap}
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(self._scratch, "NHD", backend=backend)
         self._prompts = BatchPrefillWithRaggedKVCacheWrapper(self._scratch, "NHD", backend=backend)
+        self._captured_prefills: dict[int, tuple[BatchPrefillWithPagedKVCacheWrapper, Attend]] = {}  # by queries
+        self._captured_scratch, self._captured_plan = self._scratch, torch.empty_like(self._plan_buffer)
 
     def plan_decode(self, rows: Rows) -> Attend:
         """See `Attention`."""
@@ -100,22 +104,33 @@ class FlashInferAttention:
 
     def plan_prefill(self, rows: Rows) -> Attend:
         """See `Attention`. The bounds of prompts are exact."""
-        shape, pages = self._shape, self._prefill_pages
-        num_tokens = np.zeros(len(rows.query_lens) + 1, dtype=np.int32)
-        np.cumsum(rows.query_lens, out=num_tokens[1:])
+        begins = np.zeros(len(rows.query_lens) + 1, dtype=np.int32)
+        np.cumsum(rows.query_lens, out=begins[1:])
+        query_begins, num_queries = torch.from_numpy(begins), int(begins[-1])
+        if rows.captured:
+            if num_queries not in self._captured_prefills:
+                self._captured_prefills[num_queries] = self._make_captured_prefill(num_queries, len(rows.query_lens))
+            wrapper, attend = self._captured_prefills[num_queries]
+            self._plan_pages(wrapper, rows, query_begins)
+            return attend
         if rows.fresh and list(rows.len_bounds) == list(rows.query_lens):
-            return self._plan_prompts(torch.from_numpy(num_tokens))
+            return self._plan_prompts(query_begins)
+        self._plan_pages(self._prefill, rows, query_begins)
+        return _attend_pages(self._prefill)
+
+    def _plan_pages(self, wrapper: BatchPrefillWithPagedKVCacheWrapper, rows: Rows, query_begins: Tensor) -> None:
+        """Queries that read their keys and values from pages; `query_begins` [B + 1] int32, on the host."""
+        shape, pages = self._shape, self._prefill_pages
         len_bounds: Sequence[int] | np.ndarray = rows.len_bounds
         skips = None
         if shape.window is not None:
             len_bounds, skips = pages.window(rows)
         indptr, last_page_lens = pages.bounds(len_bounds)
         pages.indptr[: len(indptr)].copy_(indptr, non_blocking=True)
-        pages.fill(rows, skips)
-        self._prefill.plan(
-            torch.from_numpy(num_tokens),
+        wrapper.plan(
+            query_begins,
             indptr,
-            pages.indices,
+            self._no_indices if rows.captured else pages.indices,
             last_page_lens,
             shape.num_heads,
             shape.num_kv_heads,
@@ -129,15 +144,7 @@ class FlashInferAttention:
             seq_lens=torch.from_numpy(np.array(len_bounds, dtype=np.int32)),
             max_token_per_sequence=max(rows.query_lens),
         )
-
-        def attend(
-            q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
-        ) -> Tensor:
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            result: Tensor = self._prefill.run(q, (k_pages, v_pages), out=out)
-            return result
-
-        return attend
+        pages.fill(rows, skips)
 
     def _plan_prompts(self, indptr: Tensor) -> Attend:
         """Prompts with nothing before them: their keys and values are read where they were made, which is faster."""
@@ -187,6 +194,46 @@ class FlashInferAttention:
 
         return wrapper, attend
 
+    def _make_captured_prefill(
+        self, num_queries: int, num_rows: int
+    ) -> tuple[BatchPrefillWithPagedKVCacheWrapper, Attend]:
+        shape, pages = self._shape, self._prefill_pages
+        needed = _captured_scratch_bytes(shape, num_queries, num_rows)
+        if needed > len(self._captured_scratch):
+            self._captured_scratch = torch.zeros(needed, dtype=torch.uint8, device=shape.device)
+        wrapper = BatchPrefillWithPagedKVCacheWrapper(
+            self._captured_scratch,
+            "NHD",
+            use_cuda_graph=True,
+            qo_indptr_buf=torch.zeros(num_rows + 1, dtype=torch.int32, device=shape.device),
+            paged_kv_indptr_buf=pages.indptr[: num_rows + 1],
+            paged_kv_indices_buf=pages.indices,
+            paged_kv_last_page_len_buf=pages.last_page_lens[:num_rows],
+            backend="fa2",
+        )
+        wrapper.reset_workspace_buffer(self._captured_scratch, self._captured_plan)  # as in `_make_decode`
+        return wrapper, _attend_pages(wrapper)
+
+
+def _attend_pages(wrapper: BatchPrefillWithPagedKVCacheWrapper) -> Attend:
+    """What `wrapper` has planned, or will have when a graph is replayed."""
+
+    def attend(
+        q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+    ) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        result: Tensor = wrapper.run(q, (k_pages, v_pages), out=out)
+        return result
+
+    return attend
+
+
+def _captured_scratch_bytes(shape: AttentionShape, num_queries: int, num_rows: int) -> int:
+    """Room for the float32 parts of a recorded prefill: FlashInfer reserves a tile for whatever rows may come."""
+    group = shape.num_heads // shape.num_kv_heads
+    num_tiles = -(-num_queries * group // _PREFILL_TILE) + num_rows - 1
+    return shape.num_heads * num_tiles * _PREFILL_TILE * (shape.head_dim + 1) * 4 + 1024
+
 
 def _scratch_bytes(shape: AttentionShape, max_rows: int, num_processors: int) -> int:
     """Room for the float32 parts of split rows: FlashInfer splits until two tiles per processor are busy."""
@@ -221,6 +268,7 @@ class FlashInferBackend:
     """Half precision over head sizes 64, 128 and 256, without anything to compile at start."""
 
     captures = True
+    captures_prefill = True
     least_shared = 16384  # on an H200 sharing 512 tokens loses with 8 rows (3,584 are saved) and wins with 64 (32,256)
 
     def supports(self, query: OpQuery) -> str | None:

@@ -1,8 +1,9 @@
 """Paged attention in Triton, decode and prefill by one kernel, after FlashAttention-2 (Dao, 2023).
 
 The work is cut into tiles: some consecutive queries of a row, with all query heads that share a key-value head. In
-decode, a tile's keys are split over several programs, so that a few long rows fill the device; a second kernel
-merges the parts by their log-sum-exps. The grid depends on the number of rows, never on lengths, so it can be captured.
+decode and in recorded prefill, a tile's keys are split over several programs, so that a few long rows fill the device;
+a second kernel merges the parts by their log-sum-exps. The grid depends on the numbers of rows and queries, never on
+lengths, so it can be captured.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ _PREFILL_BLOCK = 64  # packed queries of a prefill tile: queries times the heads
 _DECODE_BLOCK = 16  # the least that the matrix units take
 _MAX_SPLITS = 32
 _PROGRAMS = 512  # enough to fill a large device
+_PREFILL_SPLITS = 4  # of a recorded prefill: one number for all, so that the kernel is compiled once
 
 
 # Slots come out of an upload at any offset: specialised on alignment, the kernel would be compiled twice.
@@ -137,9 +139,11 @@ def _merge_kernel(parts_ptr, lse_ptr, out_ptr, HEAD_DIM: tl.constexpr, NUM_SPLIT
     splits = tl.arange(0, NUM_SPLITS)
     dims = tl.arange(0, HEAD_DIM)
     lse = tl.load(lse_ptr + index * NUM_SPLITS + splits)
-    shares = tl.exp2(lse - tl.max(lse, 0))
+    highest = tl.max(lse, 0)
+    shares = tl.exp2(lse - tl.where(highest == -float("inf"), 0.0, highest))
+    total = tl.sum(shares, 0)  # 0 if no part saw a key: the result is zeros then
     parts = tl.load(parts_ptr + (index * NUM_SPLITS + splits)[:, None] * HEAD_DIM + dims[None, :])
-    out = tl.sum(parts * shares[:, None], 0) / tl.sum(shares, 0)
+    out = tl.sum(parts * shares[:, None], 0) / tl.where(total == 0, 1.0, total)
     tl.store(out_ptr + index * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty))
 
 
@@ -150,14 +154,18 @@ class TritonAttention:
         self._shape = shape
         self._max_rows = max_rows
         self._decode_tiles: dict[int, Tensor] = {}  # by queries per row, for max_rows rows
-        self._captured: dict[tuple[int, int], Attend] = {}
+        self._captured: dict[tuple[int, int, int], Attend] = {}  # by rows, queries per row and the address of slots
+        self._captured_prefills: dict[
+            int, tuple[Tensor, Attend]
+        ] = {}  # by queries: the tiles' buffer, and what reads it
 
     def plan_decode(self, rows: Rows) -> Attend:
         """See `Attention`."""
         num_rows, num_queries = len(rows.query_lens), rows.query_lens[0]
         assert all(length == num_queries for length in rows.query_lens)
-        if rows.captured and (num_rows, num_queries) in self._captured:
-            return self._captured[num_rows, num_queries]
+        key = num_rows, num_queries, rows.slots.data_ptr()
+        if rows.captured and key in self._captured:
+            return self._captured[key]
         if num_queries not in self._decode_tiles:
             self._decode_tiles[num_queries] = self._upload(tiles((num_queries,) * self._max_rows, num_queries))
         programs = num_rows * self._shape.num_kv_heads
@@ -169,14 +177,26 @@ class TritonAttention:
         )
         attend = self._attend(rows, self._decode_tiles[num_queries][:num_rows], num_queries, num_splits)
         if rows.captured:
-            self._captured[num_rows, num_queries] = attend
+            self._captured[key] = attend
         return attend
 
     def plan_prefill(self, rows: Rows) -> Attend:
         """See `Attention`."""
         group = self._shape.num_heads // self._shape.num_kv_heads
         tile_len = max(_PREFILL_BLOCK, triton.next_power_of_2(group)) // group
-        return self._attend(rows, self._upload(tiles(rows.query_lens, tile_len)), tile_len, num_splits=1)
+        listed = tiles(rows.query_lens, tile_len)
+        if not rows.captured:
+            return self._attend(rows, self._upload(listed), tile_len, num_splits=1)
+        num_queries = sum(rows.query_lens)
+        if num_queries not in self._captured_prefills:
+            most_tiles = triton.cdiv(num_queries, tile_len) + len(rows.query_lens) - 1
+            buffer = torch.zeros((most_tiles, 3), dtype=torch.int32, device=self._shape.device)
+            attend = self._attend(rows, buffer, tile_len, _PREFILL_SPLITS)
+            self._captured_prefills[num_queries] = buffer, attend
+        buffer, attend = self._captured_prefills[num_queries]
+        empty = [(0, 0, 0)] * (len(buffer) - len(listed))
+        buffer.copy_(torch.tensor(listed + empty, dtype=torch.int32), non_blocking=True)
+        return attend
 
     def _upload(self, tiles: list[tuple[int, int, int]]) -> Tensor:
         return torch.tensor(tiles, dtype=torch.int32).to(self._shape.device, non_blocking=True)
@@ -256,6 +276,7 @@ class TritonAttentionBackend:
     """Head sizes that are powers of two."""
 
     captures = True
+    captures_prefill = True
     least_shared = None
 
     def supports(self, query: OpQuery) -> str | None:

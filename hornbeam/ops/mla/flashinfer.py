@@ -157,6 +157,7 @@ class FlashInferLatentBackend:
     """Half precision on Hopper, without anything to compile at start."""
 
     captures = True
+    captures_prefill = False
     least_shared = None
 
     def supports(self, query: OpQuery) -> str | None:

@@ -126,6 +126,7 @@ class ReferenceBackend:
     """Serves every device and shape."""
 
     captures = False
+    captures_prefill = False
     least_shared = None
 
     def supports(self, query: OpQuery) -> str | None:

@@ -281,6 +281,7 @@ class TritonLatentBackend:
     """Latents whose size is a power of two."""
 
     captures = True
+    captures_prefill = False
     least_shared = None
 
     def supports(self, query: OpQuery) -> str | None:

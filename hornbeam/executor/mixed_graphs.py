@@ -1,0 +1,124 @@
+"""Small steps with prompts recorded as device graphs: one per padded number of tokens, lane and kind.
+
+A graph serves any numbers of decoding rows and chunks whose tokens it holds. Both attention calls are in it: decode
+takes the first tokens as rows, of which those that do not decode are padding, and prefill takes all tokens, of which
+those that are in no chunk have nothing to attend to. A mask then picks each token's own result.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hornbeam.core.plan import SharedPrefix, StepPlan
+from hornbeam.executor.graphs import Fit, fit_size
+from hornbeam.executor.runner import NUM_LANES, Runner
+from hornbeam.executor.state import Batch, SlotState
+from hornbeam.layers.forward import Forward, GroupForward
+from hornbeam.ops.attention.contract import Attend, LatentAttend
+from hornbeam.platforms.contract import Platform
+
+logger = logging.getLogger(__name__)
+
+MAX_CHUNKS = 14
+_NUM_ROWS = MAX_CHUNKS + 2  # of prefill: the tokens that decode, the chunks, padding
+
+
+class MixedGraphs:
+    """Inputs are copied into buffers that all sizes share, as with `DecodeGraphs`; outputs are hidden rows."""
+
+    def __init__(
+        self, runner: Runner, platform: Platform, state: SlotState, token_counts: tuple[int, ...], *, pads: bool
+    ) -> None:
+        started = time.perf_counter()
+        self._runner = runner
+        self._state = state
+        self._sizes = token_counts
+        self._pads = pads
+        largest, device = token_counts[-1], platform.device
+        self._padding = torch.tensor([[state.num_slots], [0], [0]], device=device)
+        self._tokens = self._padding.repeat(1, largest)  # slots, ids, positions
+        self._places = torch.arange(largest, device=device)
+        self._decodes = torch.zeros(largest, dtype=torch.bool, device=device)
+        self._decode_slots = torch.full((largest,), state.num_slots, device=device)
+        self._decode_lens = torch.ones(largest, dtype=torch.int32, device=device)
+        self._row_slots = torch.full((_NUM_ROWS,), state.num_slots, device=device)
+        self._row_lens = torch.zeros(_NUM_ROWS, dtype=torch.int32, device=device)
+        kinds = (False, True) if runner.shares else (False,)
+        self._replays: dict[tuple[int, int, bool], Callable[[], Tensor]] = {}
+        for size in reversed(token_counts):  # the largest first: the smaller ones then reuse its memory
+            for lane in range(NUM_LANES):
+                for shares in kinds:
+                    self._replays[lane, size, shares] = platform.capture(self._recordable(lane, size, shares))
+        seconds = time.perf_counter() - started
+        logger.info("captured graphs with prompts for token counts %s in %.1f s", list(token_counts), seconds)
+
+    def fit(self, plan: StepPlan) -> Fit | None:
+        """The graph for a step; None if it has too many tokens or chunks, or fewer tokens than rows of padding."""
+        size = fit_size(self._sizes, plan.num_tokens, pads=self._pads)
+        if size is None or not 0 < len(plan.chunks) <= MAX_CHUNKS:
+            return None
+        return Fit(size, self._runner.worth_sharing(plan))
+
+    def replay(self, lane: int, plan: StepPlan, batch: Batch, fit: Fit) -> Tensor:
+        """Hidden rows of the step's tokens, then of padding [size, H]; valid until the next replay."""
+        size, num_tokens, padding_slot = fit.size, plan.num_tokens, self._state.num_slots
+        self._tokens[:, :num_tokens] = torch.stack(self._runner.tokens(batch))
+        self._tokens[:, num_tokens:size] = self._padding
+        torch.lt(self._places, len(plan.decode), out=self._decodes)
+        num_rows = self._num_decode(size)
+        slots, _, positions = self._tokens[:, :num_rows]
+        decodes = self._decodes[:num_rows]
+        self._decode_slots[:num_rows] = torch.where(decodes, slots, padding_slot)
+        self._decode_lens[:num_rows] = torch.where(decodes, positions + 1, 1)
+        chunks = slice(1, 1 + len(plan.chunks))
+        self._row_slots[chunks] = batch.chunk_slots
+        self._row_lens[chunks] = batch.chunk_ends
+        self._plan(lane, size, plan, fit.shared)
+        return self._replays[lane, size, fit.shared is not None]()
+
+    def _num_decode(self, size: int) -> int:
+        """Tokens that may decode: the first ones, as many as there can be requests."""
+        return min(size, self._state.num_slots)
+
+    def _plan(
+        self, lane: int, size: int, plan: StepPlan, shared: tuple[SharedPrefix, ...] | None
+    ) -> list[tuple[Attend | LatentAttend, Attend | LatentAttend]]:
+        """Refresh what each group's attention reads, decode and prefill."""
+        num_rows, unused = self._num_decode(size), ((0, 0),) * (MAX_CHUNKS - len(plan.chunks))
+        slots, lens = self._decode_slots[:num_rows], self._decode_lens[:num_rows]
+        chunks = ((chunk.end, len(chunk.token_ids)) for chunk in plan.chunks)
+        rows = (0, len(plan.decode)), *chunks, *unused, (0, size - plan.num_tokens)
+        runner, slots_lens = self._runner, (self._row_slots, self._row_lens)
+        return [
+            (
+                runner.plan_decode(lane, group, slots, lens, plan.decode_lens, shared, captured=True),
+                runner.plan_prefill(lane, group, *slots_lens, rows, captured=True),
+            )
+            for group in range(len(self._state.page_tables))
+        ]
+
+    def _recordable(self, lane: int, size: int, shares: bool) -> Callable[[], Tensor]:
+        """The forward pass over the buffers, planned for padding alone."""
+        attends = self._plan(lane, size, StepPlan(step_id=0), () if shares else None)
+        num_rows = self._num_decode(size)
+
+        def run() -> Tensor:
+            slots, ids, positions = self._tokens[:, :size]
+            groups = [
+                GroupForward(rows=self._state.cache_rows(group, slots, positions), decode=decode, prefill=prefill)
+                for group, (decode, prefill) in enumerate(attends)
+            ]
+            padding = slots == self._state.num_slots
+            fwd = Forward(
+                num_decode=num_rows,
+                caches=self._runner.caches,
+                groups=tuple(groups),
+                padding=padding,
+                decodes=self._decodes[:num_rows],
+            )
+            return self._runner.model(ids, positions, fwd)
+
+        return run

@@ -1,0 +1,167 @@
+"""Which steps are replayed, and that they say the same, on a device whose graphs run what is recorded once more."""
+
+import dataclasses
+import functools
+import random
+from collections import Counter
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+from harness import make_engine
+
+from hornbeam.core.request import Request, SamplingParams
+from hornbeam.executor.graphs import DecodeGraphs, fit_size
+from hornbeam.executor.mixed_graphs import MixedGraphs
+from hornbeam.executor.runner import Runner
+from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
+from hornbeam.ops.attention.reference import ReferenceAttention
+from hornbeam.platforms.cpu import CpuPlatform
+
+pytestmark = pytest.mark.cpu
+
+
+class Recordable:
+    """The reference as an attention that graphs may hold: it reads the latest plan when it is run."""
+
+    captures = captures_prefill = True
+    least_shared = 64
+
+    def __init__(self, shape=None):
+        self._reference = ReferenceAttention(shape)
+        self._plans, self._attends = {}, {}
+
+    def supports(self, query):
+        return None
+
+    def create(self, shape, max_rows):
+        return Recordable(shape)
+
+    def plan_decode(self, rows):
+        return self._plan(("decode", len(rows.slots), rows.slots.data_ptr()), rows)
+
+    def plan_prefill(self, rows):
+        return self._plan(("prefill", sum(rows.query_lens)), rows)
+
+    def _plan(self, key, rows):
+        if not rows.captured:
+            return self._reference.plan_prefill(rows)
+        before = self._plans.setdefault(key, rows)
+        for name in ("page_tables", "slots", "lens"):
+            assert getattr(before, name).data_ptr() == getattr(rows, name).data_ptr()
+        assert len(before.query_lens) == len(rows.query_lens)
+        assert sum(before.query_lens) == sum(rows.query_lens)
+        self._plans[key] = rows
+        return self._attends.setdefault(key, lambda q, *pages: self._attend(self._plans[key], q, *pages))
+
+    def _attend(self, rows, q, k_pages, v_pages, sinks):
+        used = [row for row, bound in enumerate(rows.len_bounds) if bound and rows.query_lens[row]]
+        out = torch.zeros_like(q)
+        if used:
+            begins = torch.tensor([0, *rows.query_lens]).cumsum(0).tolist()
+            places = torch.cat([torch.arange(begins[row], begins[row + 1]) for row in used])
+            bounds, query_lens = ([values[row] for row in used] for values in (rows.len_bounds, rows.query_lens))
+            real = dataclasses.replace(
+                rows, slots=rows.slots[used], lens=rows.lens[used], len_bounds=bounds, query_lens=query_lens
+            )
+            assert real.lens.tolist() == bounds
+            attend = self._reference.plan_prefill(dataclasses.replace(real, captured=False))
+            out[places] = attend(q[places], k_pages, v_pages, sinks)
+        return out
+
+
+@pytest.fixture
+def num_runs(monkeypatch) -> Counter[str]:
+    """Makes the CPU a device with graphs; counts steps by how they were run."""
+    counts: Counter[str] = Counter()
+
+    def counted(cls, name, label):
+        real = getattr(cls, name)
+
+        def run(self, *arguments):
+            counts[label] += 1
+            return real(self, *arguments)
+
+        monkeypatch.setattr(cls, name, run)
+
+    facts = CpuPlatform.facts
+    monkeypatch.setattr(CpuPlatform, "facts", lambda self: dataclasses.replace(facts(self), graphs=True))
+    monkeypatch.setattr(CpuPlatform, "capture", lambda self, run: (run(), run)[1])
+    for registry in (DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION):
+        monkeypatch.setattr(registry, "entries", {"recordable": f"{__name__}:BACKEND", **registry.entries})
+    counted(DecodeGraphs, "replay", "decode")
+    counted(MixedGraphs, "replay", "mixed")
+    counted(Runner, "run", "launched")
+    return counts
+
+
+def generate(path: Path, **flags) -> dict[str, list[int]]:
+    """Requests of several lengths, some with a beginning in common, that come to run beside each other."""
+    draw = random.Random(0)
+    shared = [draw.randrange(300) for _ in range(70)]
+    lens = (3, 90, 20, 1, 33, 64, 7, 40, 150, 2)
+    prompts = [(shared if i % 2 else []) + [draw.randrange(300) for _ in range(n)] for i, n in enumerate(lens)]
+    requests = [
+        Request(
+            rid=str(i),
+            prompt_ids=tuple(ids),
+            sampling=SamplingParams(temperature=0, max_new_tokens=3 + 2 * i, ignore_eos=True),
+        )
+        for i, ids in enumerate(prompts)
+    ]
+    flags = {"chunked_prefill_size": 64, "max_running_requests": 4, **flags}
+    return {rid: result.token_ids for rid, result in harness.run(make_engine(path, **flags), requests).items()}
+
+
+def test_replayed_steps_say_the_same(tiny_checkpoint, num_runs):
+    expected = generate(tiny_checkpoint, disable_cuda_graph=True, attention_backend="reference")
+    assert num_runs.keys() == {"launched"}
+    num_runs.clear()
+    assert generate(tiny_checkpoint, attention_backend="recordable", disable_cascade_attention=True) == expected
+    assert num_runs["mixed"] > 10
+    assert num_runs["decode"] > 10
+    assert num_runs["launched"] == 2, "these are of the warm-up"
+
+
+@pytest.mark.parametrize(
+    ("flags", "replayed"),
+    [
+        ({}, {"decode", "mixed"}),
+        ({"disable_decode_cuda_graph": True}, {"mixed"}),
+        ({"disable_prefill_cuda_graph": True}, {"decode"}),
+        ({"disable_cuda_graph_padding": True, "cuda_graph_bs": [4]}, {"decode"}),
+        ({"cuda_graph_max_bs": 1}, {"decode", "mixed"}),
+    ],
+    ids=str,
+)
+def test_flags(tiny_checkpoint, num_runs, flags, replayed):
+    expected = generate(tiny_checkpoint, disable_cuda_graph=True, attention_backend="reference")
+    num_runs.clear()
+    assert generate(tiny_checkpoint, attention_backend="recordable", **flags) == expected
+    assert {kind for kind in ("decode", "mixed") if num_runs[kind]} == replayed
+    assert num_runs["launched"] > 2 or not flags
+
+
+def test_compiled_steps_say_the_same(tiny_checkpoint, num_runs, monkeypatch):
+    expected = generate(tiny_checkpoint, disable_cuda_graph=True, attention_backend="reference")
+    shapes: list[int] = []
+
+    def backend(graph, inputs):
+        shapes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    flags = {"enable_torch_compile": True, "torch_compile_max_bs": 2, "attention_backend": "recordable"}
+    assert generate(tiny_checkpoint, **flags) == expected
+    assert max(shapes) > 5
+
+
+def test_sizes():
+    assert fit_size((1, 2, 8), 3, pads=True) == 8
+    assert fit_size((1, 2, 8), 8, pads=False) == 8
+    assert fit_size((1, 2, 8), 3, pads=False) is None
+    assert fit_size((1, 2, 8), 9, pads=True) is None
+
+
+BACKEND = Recordable()
