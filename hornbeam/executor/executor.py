@@ -81,10 +81,9 @@ class Executor:
     def _hidden(self, lane: int, plan: StepPlan, batch: Batch) -> Tensor:
         """Hidden rows of the step's tokens; rows of padding may follow."""
         graphs = self._mixed_graphs
-        fit = None if graphs is None else graphs.fit(plan)
-        if graphs is None or fit is None:
-            return self._runner.run(lane, plan, batch)
-        return graphs.replay(lane, plan, batch, fit)
+        if graphs is not None and (fit := graphs.fit(plan)) is not None:
+            return graphs.replay(lane, plan, batch, fit)
+        return self._runner.run(lane, plan, batch)
 
     def _sample(self, plan: StepPlan, batch: Batch, logits: Tensor, decode_lens: Tensor) -> Sampled:
         """Choose ids, remember them on the device, and start their way to the host."""

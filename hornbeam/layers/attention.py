@@ -90,17 +90,14 @@ def attend_step(
     step, outputs = fwd.groups[group], []
     assert not isinstance(step.decode, LatentAttend)
     assert not isinstance(step.prefill, LatentAttend)
-    if fwd.decodes is not None:
-        assert step.decode is not None
-        assert step.prefill is not None
-        out = step.prefill(q, *pages, sinks)
-        decoded = step.decode(q[:n], *pages, sinks)
-        torch.where(fwd.decodes[:, None, None], decoded, out[:n], out=out[:n])
-        return out
     if step.decode is not None:
         outputs.append(step.decode(q[:n], *pages, sinks))
     if step.prefill is not None:
-        outputs.append(step.prefill(q[n:], *pages, sinks, (k[n:], v[n:])))
+        outputs.append(step.prefill(q[n if fwd.decodes is None else 0 :], *pages, sinks, (k[n:], v[n:])))
+    if fwd.decodes is not None:
+        decoded, out = outputs
+        torch.where(fwd.decodes[:, None, None], decoded, out[:n], out=out[:n])
+        return out
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
