@@ -55,7 +55,7 @@ class Recordable:
         self._plans[key] = rows
         return self._attends.setdefault(key, lambda q, *pages: self._attend(self._plans[key], q, *pages))
 
-    def _attend(self, rows, q, k_pages, v_pages, sinks):
+    def _attend(self, rows, q, k_pages, v_pages, sinks, fresh=None):
         used = [row for row, bound in enumerate(rows.len_bounds) if bound and rows.query_lens[row]]
         out = torch.zeros_like(q)
         if used:
