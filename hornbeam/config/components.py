@@ -11,7 +11,7 @@ class ModelOptions:
     path: str | None  # None: the embedded default
     load_format: str
     dtype: str  # "float32", "bfloat16", "float16"
-    quantization: str  # how products keep their weights: "fp8", "w8a8_int8", "bf16", or "unquant": as loaded
+    quantization: str  # how products keep their weights: "fp8", "grouped_int8", "unquant": as loaded, or "auto"
     context_len: int
     seed: int
 

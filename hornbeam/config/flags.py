@@ -79,10 +79,11 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         name="quantization",
         group="model",
-        default="unquant",
-        choices=("unquant", "fp8", "w8a8_int8", "bf16"),
+        default="auto",
+        choices=("auto", "unquant", "fp8", "grouped_int8"),
         help="Of products. fp8: eight-bit floats in blocks, rounded as they are loaded (a model that has such weights "
-        "needs no flag). On CPUs also w8a8_int8: rounded integers; bf16: bfloat16. Costs: `hornbeam bench fidelity`.",
+        "needs no flag). grouped_int8, on CPUs: weights of four or eight bits and activations of eight, in groups of "
+        "32. auto: that for weights which are integers in their file, where it is fast and --dtype is not set.",
     ),
     Flag(name="context_length", group="model", type=int, help="Tokens of prompt and output together, at most."),
     Flag(

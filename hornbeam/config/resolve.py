@@ -82,7 +82,7 @@ def resolve_engine(
             path=user.get("model_path"),
             load_format=pick("load_format", "auto", "by the files that are there"),
             dtype=_dtype(resolver, model, platform),
-            quantization=pick("quantization"),
+            quantization=_quantization(resolver, user),
             context_len=context_len,
             seed=pick("random_seed"),
         ),
@@ -123,6 +123,14 @@ def _dtype(resolver: _Resolver, model: ModelConfig, platform: PlatformFacts) -> 
     why = f"suits {platform.device}" if platform.dtype else "the checkpoint's own"
     dtype: str = resolver.pick("dtype", platform.dtype or model.dtype, why)
     return _DTYPES.get(dtype, dtype)
+
+
+def _quantization(resolver: _Resolver, user: Mapping[str, Any]) -> str:
+    """What is left to "auto" is chosen when the checkpoint is read."""
+    exact = user.get("dtype") not in (None, "auto")
+    derived = ("unquant", "--dtype says how to compute") if exact else ("auto", "as the checkpoint and the machine are")
+    quantization: str = resolver.pick("quantization", *derived)
+    return quantization
 
 
 def _executor_options(resolver: _Resolver, platform: PlatformFacts, max_running: int) -> ExecutorOptions:

@@ -61,7 +61,8 @@ def build_engine(user: Mapping[str, Any]) -> Built:
         vocab_size=config.vocab_size,
         max_total_tokens=scheduler.stats().max_total_tokens,
         max_running_requests=options.scheduler.max_running_requests,
-        facts=_facts(options, config, facts.device) | {"model_type": checkpoint.hf_config.get("model_type")},
+        facts=_facts(options, config, facts.device)
+        | {"model_type": checkpoint.hf_config.get("model_type"), "quantization": built.quantization},
     )
     return Built(
         scheduler=scheduler,

@@ -29,9 +29,10 @@ from hornbeam.layers.derived import refresh_derived
 from hornbeam.layers.linear import Head, Linear
 from hornbeam.ops.attention.contract import AttentionShape, GroupAttention
 from hornbeam.ops.kernels import Kernels, choose_kernels
+from hornbeam.ops.linear.contract import GroupedProduct
 from hornbeam.ops.query import OpQuery
 from hornbeam.platforms.contract import Platform
-from hornbeam.quant.contract import QUANTIZATIONS, Packing
+from hornbeam.quant.choice import choose_quantization
 from hornbeam.sampling.sampler import Sampler
 from hornbeam.weights.checkpoint import Checkpoint
 from hornbeam.weights.fp8 import keep_listed_plain
@@ -44,11 +45,12 @@ _NO_MEMORY = "can't allocate memory"  # how torch says so for CPUs, where the ty
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltExecutor:
-    """An executor, and what the scheduler must know of its cache."""
+    """An executor, and what others must know of it."""
 
     executor: Executor
     specs: tuple[CacheSpec, ...]
     num_pages: tuple[int, ...]  # per cache group, the padding page included
+    quantization: str  # of its products, by the name of the flag's choice
 
 
 def build_executor(
@@ -65,12 +67,12 @@ def build_executor(
     query = _query(config, specs, options, platform)
     attention_backends = wanted.decode_attention_backend, wanted.prefill_attention_backend
     kernels = choose_kernels(query, *attention_backends, fused=wanted.fused_kernels, traced=wanted.compile_up_to > 0)
-    name = options.model.quantization
-    packing = None if name in ("unquant", "fp8") else QUANTIZATIONS.choose(query, name).value.create(query)
+    name = "fp8" if config.fp8 is not None else options.model.quantization
+    quantization = choose_quantization(name, query, quantized=checkpoint.quantized)
     started = time.perf_counter()
     with _told(platform, "the weights", "use a smaller model or more memory"), platform.tagged("weights"):
         model = platform.submit(
-            lambda: _value(_load(family, config, stored, checkpoint, options, kernels, packing, platform))
+            lambda: _value(_load(family, config, stored, checkpoint, options, kernels, quantization.packing, platform))
         ).result()
     logger.info("weights are on %s after %.1f s", platform.facts().device, time.perf_counter() - started)
 
@@ -95,12 +97,12 @@ def build_executor(
     advice = "lower --mem-fraction-static or --cuda-graph-max-bs, or set --disable-cuda-graph"
     with _told(platform, "the graphs", advice), platform.tagged("graphs"):
         _capture(executor, runner, platform, state, kernels, options.executor)
-    return BuiltExecutor(executor=executor, specs=specs, num_pages=num_pages)
+    return BuiltExecutor(executor=executor, specs=specs, num_pages=num_pages, quantization=quantization.name)
 
 
 def _as_wanted(config: ModelConfig, options: ModelOptions) -> ModelConfig:
     """The config with the number formats that the user asks for."""
-    if config.fp8 is not None and options.quantization not in ("unquant", "fp8"):
+    if config.fp8 is not None and options.quantization not in ("auto", "unquant", "fp8"):
         raise ConfigError(f"the model's weights are eight-bit floats: drop --quantization {options.quantization}")
     fp8 = Fp8Format() if config.fp8 is None and options.quantization == "fp8" else config.fp8
     return dataclasses.replace(config, dtype=options.dtype, fp8=fp8)
@@ -200,7 +202,7 @@ def _load(
     checkpoint: Checkpoint,
     options: EngineOptions,
     kernels: Kernels,
-    packing: Packing | None,
+    packing: GroupedProduct | None,
     platform: Platform,
 ) -> Any:
     context = BuildContext(

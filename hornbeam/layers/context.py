@@ -7,7 +7,7 @@ import torch
 from hornbeam.comm.grid import Grid
 from hornbeam.core.fp8 import Fp8Format
 from hornbeam.ops.kernels import Kernels
-from hornbeam.quant.contract import Packing
+from hornbeam.ops.linear.contract import GroupedProduct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,4 +20,4 @@ class BuildContext:
     device: torch.device
     context_len: int  # positions that may occur
     fp8: Fp8Format | None = None  # of the weights of products; None: they are as `dtype` says
-    packing: Packing | None = None  # how products keep their weights; None: as they are loaded
+    packing: GroupedProduct | None = None  # how products keep their weights; None: as they are loaded

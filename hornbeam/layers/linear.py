@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.parameters import empty_parameter, freed, plain_weight, weight_parameters
-from hornbeam.ops.linear.contract import Fp8Weight, InputNorm
-from hornbeam.quant.contract import PackedWeight
+from hornbeam.ops.linear.contract import Fp8Weight, InputNorm, PackedWeight
 
 
 class Linear(nn.Module):
@@ -70,12 +69,16 @@ class Linear(nn.Module):
         """Whether `normed` is worth it for so many rows."""
         if self._fp8 is not None:
             return 1 <= num_rows <= (self._fp8.gated_rows if gated else self._fp8.fused_rows)
-        return self._packed is None and 1 <= num_rows <= self.product.fused_rows
+        if self._packed is not None:
+            return self._packed.fuses(gated=gated)
+        return 1 <= num_rows <= self.product.fused_rows
 
     def normed(self, x: Tensor, residual: Tensor | None, norm: InputNorm, *, gated: bool) -> tuple[Tensor, Tensor]:
         """See `LinearProduct.normed`."""
         if self._fp8 is not None:
             return self._fp8.normed(x, residual, norm, self._fp8_weight(), self.bias, gated=gated)
+        if self._packed is not None:
+            return self._packed.normed(x, residual, norm, self.bias, gated=gated)
         return self.product.normed(x, residual, norm, self.weight, self.bias, gated=gated)
 
     @property
@@ -138,6 +141,6 @@ class Head(nn.Module):
     def refresh_derived(self) -> None:
         """As `Linear` does; a table of embeddings is kept beside its encoding."""
         if self._packing is not None and (weight := self.plain_weight) is not None and not weight.is_meta:
-            self._packed = self._packing.pack(weight, precise=True)
+            self._packed = self._packing.pack(weight)
             if self._tied[0] is None:
                 self.weight = freed(self.weight)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hornbeam.core.errors import ConfigError
-from hornbeam.weights.gguf import read_gguf, split_paths
+from hornbeam.weights.gguf import FLOAT_TYPES, read_gguf, split_paths
 from hornbeam.weights.gguf_tensors import GgufTensors, hugging_face_config, special_ids
 from hornbeam.weights.mxfp4_tensors import Mxfp4Tensors
 from hornbeam.weights.safetensors_files import SafetensorsFiles, find_safetensors
@@ -43,6 +43,7 @@ class Checkpoint:
     generation_config: dict[str, Any]
     tokenizer_path: Path  # a folder with tokenizer.json, or the GGUF file
     source: TensorSource  # dummy: holds nothing
+    quantized: bool = False  # weights are integers with a scale for each group
 
 
 def open_checkpoint(path: Path, load_format: str = "auto", overrides: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -101,6 +102,7 @@ def _open_gguf(path: Path, load_format: str) -> Checkpoint:
         generation_config=special_ids(file),
         tokenizer_path=path,
         source=SafetensorsFiles(()) if dummy else GgufTensors(file),
+        quantized=not dummy and any(tensor.type_name not in FLOAT_TYPES for tensor in file.tensors.values()),
     )
 
 

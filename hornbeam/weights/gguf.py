@@ -55,6 +55,8 @@ _TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17),
 }
 
+FLOAT_TYPES = ("F32", "F16", "BF16")  # names of types whose elements are numbers by themselves
+
 # metadata type id -> struct code of a scalar; the other two ids are strings and arrays
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

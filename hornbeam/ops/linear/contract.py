@@ -46,25 +46,48 @@ LINEAR: Registry[OpQuery, LinearProduct] = Registry(
 )
 
 
-class Int8Product(Protocol):
-    """Products of integers: weights have a scale per output, and each row of activations is rounded on the way.
+GROUP_SIZE = 32  # consecutive features that share a scale
+OUTLIER = 5  # root mean squares of a row: a group with a larger magnitude is rounded more finely
 
-    A row becomes the sum of two of int8 with a scale each: round(127 x / max|x|), and the same of what that leaves.
-    Sums are exact, in int32. How a row is rounded depends on it alone, not on the rest of a batch.
+
+class PackedWeight(Protocol):
+    """A weight matrix [N, K] as the products of one backend read it."""
+
+    def fuses(self, *, gated: bool) -> bool:
+        """Whether there is a `normed`."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, K] float32, bias [N] -> x W^T + b, [T, N]."""
+
+    def normed(
+        self, x: Tensor, residual: Tensor | None, norm: InputNorm, bias: Tensor | None, *, gated: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `LinearProduct.normed`."""
+
+
+class GroupedProduct(Protocol):
+    """Products of integers, by groups of 32 features (the last one may be smaller).
+
+    A weight is scale * code + minimum, with a scale and a minimum of float16 for each group of each output. Codes have
+    four bits if every group of the matrix lies on a grid of at most 16 values, as those of most quantized files do, so
+    that nothing is lost; else they have eight, from the group's smallest value to its largest. Groups of activations
+    become round(127 x / max|x|), half to even; where max|x| is above OUTLIER, what that leaves is rounded to a second
+    term, 254 times as fine: few groups have such outliers, but most of the error would come from them. Sums within a
+    group are exact, and those of groups are in float32 and in order: what a row becomes does not depend on the batch.
     """
 
     def supports(self, query: OpQuery) -> str | None:
         """None, or the reason why not."""
 
-    def linear(self, x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        """x [T, K] float32, values [N, K] int8, scales [N] float32, bias [N] -> [T, N] float32."""
+    def pack(self, weight: Tensor) -> PackedWeight:
+        """Encode a weight [N, K] float32, which may be freed or changed afterwards."""
 
 
-INT8_LINEAR: Registry[OpQuery, Int8Product] = Registry(
-    "int8_linear",
+GROUPED_LINEAR: Registry[OpQuery, GroupedProduct] = Registry(
+    "grouped_linear",
     {
-        "cpu": "hornbeam.ops.linear.int8_cpu:BACKEND",
-        "reference": "hornbeam.ops.linear.int8_reference:BACKEND",
+        "native": "hornbeam.ops.linear.grouped_native:BACKEND",
+        "reference": "hornbeam.ops.linear.grouped_reference:BACKEND",
     },
 )
 

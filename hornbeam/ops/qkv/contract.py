@@ -59,6 +59,7 @@ QKV: Registry[OpQuery, Qkv] = Registry(
     "qkv",
     {
         "triton": "hornbeam.ops.qkv.triton:BACKEND",
+        "native": "hornbeam.ops.qkv.native:BACKEND",
         "cpu": "hornbeam.ops.qkv.cpu:BACKEND",
         "reference": "hornbeam.ops.qkv.reference:BACKEND",
     },

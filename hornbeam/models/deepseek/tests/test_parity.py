@@ -93,7 +93,7 @@ def test_gates_stay_in_float32(tmp_path: Path) -> None:
     torch.testing.assert_close(model.layers[1].mlp.gate(x, None), x.float() @ weight.T)
 
 
-@pytest.mark.parametrize("flags", [{"quantization": "w8a8_int8"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("flags", [{"quantization": "grouped_int8"}, {"dtype": "bfloat16"}])
 def test_rounded_arithmetic_stays_close(tmp_path: Path, flags: dict[str, Any]) -> None:
     folder = save_checkpoint(tmp_path, "deepseek_v2", ROWS["deepseek_v2, lite"])
     expected = prefilled(folder)
