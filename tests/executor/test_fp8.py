@@ -139,8 +139,8 @@ def test_random_weights_have_the_usual_spread(tmp_path: Path) -> None:
 
 
 def test_other_encodings_of_such_a_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="drop --quantization w8a8_int8"):
-        make_engine(save_fp8(tmp_path, "qwen3", DENSE), quantization="w8a8_int8")
+    with pytest.raises(ConfigError, match="drop --quantization grouped_int8"):
+        make_engine(save_fp8(tmp_path, "qwen3", DENSE), quantization="grouped_int8")
 
 
 @pytest.mark.parametrize(
