@@ -18,7 +18,7 @@ from hornbeam.core.errors import ConfigError
 from hornbeam.core.plan import StepPlan, StepResult
 from hornbeam.core.request import LogprobOptions, TokenLogprobs
 from hornbeam.engine.envelope import Ready
-from hornbeam.engine.loop import Built
+from hornbeam.engine.parts import Built
 from hornbeam.scheduler.scheduler import Scheduler
 from hornbeam.text.formats.contents import TokenizerContents
 from hornbeam.text.tokenizer import Tokenizer

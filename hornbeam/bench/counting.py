@@ -12,7 +12,7 @@ from hornbeam.config.components import CacheOptions, LoopOptions, SchedulerOptio
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.plan import StepPlan, StepResult
 from hornbeam.engine.envelope import Ready
-from hornbeam.engine.loop import Built
+from hornbeam.engine.parts import Built
 from hornbeam.scheduler.scheduler import Scheduler
 
 STEP_SECONDS = 0.04

@@ -17,7 +17,7 @@ from hornbeam import Engine
 from hornbeam.config.flags import check_flags
 from hornbeam.core.plan import StepPlan, StepResult
 from hornbeam.engine.build import build_engine
-from hornbeam.engine.loop import Built, Executor, PendingStep
+from hornbeam.engine.parts import Built, Executor, PendingStep
 from hornbeam.scheduler.scheduler import Scheduler
 
 STAGES = ("plan", "launch", "wait", "apply", "drain")

@@ -13,7 +13,7 @@ from hornbeam.config.resolve import resolve_engine
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import ModelConfig
 from hornbeam.engine.envelope import Ready
-from hornbeam.engine.loop import Built
+from hornbeam.engine.parts import Built
 from hornbeam.models.index import find_family
 from hornbeam.scheduler.record import RecordingScheduler
 from hornbeam.scheduler.scheduler import Scheduler

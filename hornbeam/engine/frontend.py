@@ -12,27 +12,21 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 from hornbeam.core.errors import BadRequest, ConfigError, EngineDead, HornbeamError, Overloaded
-from hornbeam.core.profile import ProfileOptions
 from hornbeam.core.request import Request, RequestOutput
+from hornbeam.engine.commands import Commands
 from hornbeam.engine.envelope import (
     Abort,
     AbortAll,
     Event,
     Failed,
-    Flush,
-    Info,
-    Pause,
     Pulse,
     Ready,
     Reply,
-    Resume,
     Shutdown,
-    StartProfile,
     StepOutputs,
-    StopProfile,
     Submit,
 )
 from hornbeam.engine.stream import GenerationRequest, InFlight, Stream
@@ -43,7 +37,6 @@ from hornbeam.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 SILENCE_LIMIT = 30.0  # seconds without a word from a busy engine, after which it counts as stuck
-FLUSH_INTERVAL = 0.05  # seconds between two attempts
 LONG_TEXT = 20_000  # characters; longer prompts are tokenized on a thread, so that nobody else waits
 
 
@@ -66,8 +59,9 @@ class Frontend:
     """
 
     def __init__(self, engine: EngineHandle, observer: Observer | None = None) -> None:
-        self._observer = observer
         self.tokenizer: Tokenizer | None = None
+        self.commands = Commands(engine.send, self.check_open)
+        self._observer = observer
         self._engine = engine
         self._ready: asyncio.Future[Ready] | None = None
         self._end: ConfigError | EngineDead | None = None  # why the engine does not work any more
@@ -76,7 +70,6 @@ class Frontend:
         self._in_flight: dict[str, InFlight] = {}  # by key
         self._rids: set[str] = set()  # of those in flight
         self._numbers = itertools.count()
-        self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._last_heard = 0.0
 
     async def start(self) -> None:
@@ -182,42 +175,6 @@ class Frontend:
         """End every request, for its reader to see."""
         self._engine.send(AbortAll())
 
-    async def flush(self, timeout: float = 0.0) -> bool:
-        """Drop the prefix cache. False if requests still run or wait after `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while not (await self._ask(Flush(next(self._numbers)))).ok:
-            if time.monotonic() >= deadline:
-                return False
-            await asyncio.sleep(FLUSH_INTERVAL)
-        return True
-
-    async def pause(self, mode: Literal["in_place", "retract", "abort"]) -> None:
-        """Run nothing until `resume`; see `Scheduler.pause`. Requests are still taken, and wait."""
-        await self._ask(Pause(next(self._numbers), mode))
-
-    async def resume(self) -> None:
-        """Go on after `pause`; without one, nothing happens."""
-        await self._ask(Resume(next(self._numbers)))
-
-    async def start_profile(self, options: ProfileOptions) -> dict[str, Any]:
-        """Record steps with torch's profiler; with `num_steps` it returns when they are done.
-
-        Returns:
-            "file", where it has ended already.
-
-        Raises:
-            BadRequest: a profile is being recorded already, or cannot be.
-        """
-        return _payload(await self._ask(StartProfile(next(self._numbers), options)))
-
-    async def stop_profile(self) -> dict[str, Any]:
-        """End the profile; "file" has it. Raises BadRequest if there is none, or it cannot be written."""
-        return _payload(await self._ask(StopProfile(next(self._numbers))))
-
-    async def info(self) -> dict[str, Any]:
-        """The scheduler's numbers; see `SchedulerStats`."""
-        return (await self._ask(Info(next(self._numbers)))).payload
-
     async def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         """See `Tokenizer.encode`; long texts make nobody wait. Raises BadRequest if there is no tokenizer, too."""
         if self.tokenizer is None:
@@ -299,9 +256,7 @@ class Frontend:
                 for output in event.outputs:
                     self._route(output)
             case Reply():
-                future = self._replies.pop(event.id, None)
-                if future is not None and not future.done():
-                    future.set_result(event)
+                self.commands.answer(event)
             case Ready():
                 assert self._ready is not None
                 self._ready.set_result(event)
@@ -344,26 +299,9 @@ class Frontend:
         for entry in list(self._in_flight.values()):
             entry.fail(lost)
             self._forget(entry)
-        for future in self._replies.values():
-            future.cancel()
-
-    async def _ask(self, command: Flush | Info | Pause | Resume | StartProfile | StopProfile) -> Reply:
-        self.check_open()
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._replies[command.id] = future
-        self._engine.send(command)
-        await asyncio.wait((future,))
-        if future.cancelled():
-            self.check_open()
-        return future.result()
+        self.commands.fail()
 
 
 @functools.cache
 def _log_priority_ignored() -> None:
     logger.warning("requests bring priorities, which do not count without --enable-priority-scheduling")
-
-
-def _payload(reply: Reply) -> dict[str, Any]:
-    if not reply.ok:
-        raise BadRequest(reply.payload["message"])
-    return reply.payload

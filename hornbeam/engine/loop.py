@@ -8,14 +8,13 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from hornbeam.config.components import LoopOptions
 from hornbeam.core.errors import BadRequest, ConfigError, FamilyUnavailable, HornbeamError, Overloaded
-from hornbeam.core.plan import StepPlan, StepResult
+from hornbeam.core.plan import StepResult
 from hornbeam.core.request import Finish, Request, RequestOutput
 from hornbeam.engine.envelope import (
     Abort,
@@ -27,7 +26,6 @@ from hornbeam.engine.envelope import (
     Info,
     Pause,
     Pulse,
-    Ready,
     Reply,
     Resume,
     Shutdown,
@@ -36,8 +34,8 @@ from hornbeam.engine.envelope import (
     StopProfile,
     Submit,
 )
-from hornbeam.engine.profiling import Profiler, Profiling
-from hornbeam.scheduler.scheduler import Scheduler
+from hornbeam.engine.parts import Built, Link, PendingStep
+from hornbeam.engine.profiling import Profiling
 
 logger = logging.getLogger(__name__)
 
@@ -45,45 +43,6 @@ COMMAND_INTERVAL = 0.005  # seconds a command may have to wait for a step, where
 IDLE_SECONDS = 1.0  # nothing to do for so long: time to check the books
 MAX_FAILURES = 3  # steps in a row, after which the device counts as broken
 PULSE_INTERVAL = 1.0  # seconds of silence while requests run
-
-
-class PendingStep(Protocol):
-    """A step under way."""
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Whether it is done, after at most `timeout` seconds where the device allows it."""
-
-    def result(self) -> StepResult:
-        """Block until done; raises what went wrong."""
-
-
-class Executor(Protocol):
-    """Runs steps in the order of their launch."""
-
-    def launch(self, plan: StepPlan) -> PendingStep:
-        """Start a step without waiting for it."""
-
-
-class Link(Protocol):
-    """The engine's end of a transport."""
-
-    def receive(self, timeout: float | None) -> Sequence[Command]:
-        """The commands that have come, in order; if none has, wait for one: `timeout` seconds, or (None) for ever."""
-
-    def send(self, event: Event) -> None:
-        """Tell the server, without waiting."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Built:
-    """The parts of an engine."""
-
-    scheduler: Scheduler
-    executor: Executor
-    ready: Ready
-    options: LoopOptions
-    resource: AbstractContextManager[Any] | None = None  # to be closed at the end
-    profiler: Profiler | None = None
 
 
 def run_engine(build: Callable[[], Built], link: Link) -> bool:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hornbeam.engine.logs import set_up_logging
-from hornbeam.engine.loop import Built, run_engine
+from hornbeam.engine.loop import run_engine
+from hornbeam.engine.parts import Built
 from hornbeam.engine.remote import SocketLink
 
 WATCHDOG_SECONDS = 300.0  # unless --watchdog-timeout says otherwise

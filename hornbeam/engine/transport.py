@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from hornbeam.engine.envelope import Command, Event
-from hornbeam.engine.loop import Built, run_engine
+from hornbeam.engine.loop import run_engine
+from hornbeam.engine.parts import Built
 
 
 class EngineHandle(Protocol):

@@ -76,7 +76,7 @@ class _Admin:
             timeout = math.nan
         if not 0 <= timeout <= MAX_FLUSH_SECONDS:
             raise BadRequest(f"timeout must be in 0..{MAX_FLUSH_SECONDS:.0f} seconds, not {given!r}", "timeout")
-        if await self._frontend.flush(timeout):
+        if await self._frontend.commands.flush(timeout):
             return PlainTextResponse("The cache is flushed.\n")
         return PlainTextResponse("The cache is not flushed: requests are running or waiting.\n", 400)
 
@@ -93,24 +93,24 @@ class _Admin:
 
     async def pause(self, request: Request) -> Response:
         """Run nothing until /continue_generation; `mode` says what becomes of the running requests."""
-        await self._frontend.pause(PAUSE.read(await read_json(request, optional=True)).get("mode", "abort"))
+        await self._frontend.commands.pause(PAUSE.read(await read_json(request, optional=True)).get("mode", "abort"))
         return json_response({"message": "Generation is paused.", "status": "ok"})
 
     async def resume(self, request: Request) -> Response:
         """Go on after /pause_generation."""
         RESUME.read(await read_json(request, optional=True))
-        await self._frontend.resume()
+        await self._frontend.commands.resume()
         return json_response({"message": "Generation continues.", "status": "ok"})
 
     async def start_profile(self, request: Request) -> Response:
         """Record the engine's steps with torch's profiler; with `num_steps` the answer comes when they are done."""
         body = await read_json(request, optional=True)
-        told = await self._frontend.start_profile(read_profile_options(body))
+        told = await self._frontend.commands.start_profile(read_profile_options(body))
         return PlainTextResponse(f"The profile is in {told['file']}.\n" if "file" in told else "Profiling.\n")
 
     async def stop_profile(self, request: Request) -> Response:
         """End the profile and say where it is."""
-        told = await self._frontend.stop_profile()
+        told = await self._frontend.commands.stop_profile()
         return PlainTextResponse(f"The profile is in {told['file']}.\n")
 
 

@@ -1,4 +1,4 @@
-"""The OpenAI API: models and chats, and what chats and completions share of fields and answers."""
+"""The OpenAI API: chats, and what chats and completions share of fields and answers."""
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from hornbeam.core.errors import BadRequest
 from hornbeam.core.request import LogprobOptions, TokenLogprobs
 from hornbeam.engine.stream import Delta, GenerationRequest, Stream, siblings
 from hornbeam.serve import schemas
-from hornbeam.serve.answers import EventStream, error_body, json_response, read_json, respond
+from hornbeam.serve.answers import EventStream, read_json, respond
 from hornbeam.serve.app import EVENTS, JSON, Route
 from hornbeam.serve.fields import OPENAI_NAMES, read_num_siblings, read_sampling, read_text_options, renaming
 from hornbeam.serve.serving import WEIGHT_VERSION, Serving
@@ -27,14 +27,6 @@ def openai_routes(serving: Serving) -> tuple[Route, ...]:
     """The table of paths."""
     openai = _OpenAi(serving)
     return (
-        Route(path="/v1/models", methods=("GET",), handler=openai.models, answer=schemas.MODELS),
-        Route(
-            path="/v1/models/{model:path}",
-            methods=("GET",),
-            handler=openai.model,
-            answer=schemas.MODEL,
-            errors=(404,),
-        ),
         Route(
             path="/v1/chat/completions",
             methods=("POST",),
@@ -62,31 +54,6 @@ class OpenAiCall:
 class _OpenAi:
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
-        self._created = int(time.time())
-
-    async def models(self, request: Request) -> Response:
-        """The one model."""
-        return json_response({"object": "list", "data": [self._card()]})
-
-    async def model(self, request: Request) -> Response:
-        """The model, if it has this name."""
-        name, served = request.path_params["model"], self._serving.options.served_model_name
-        if name == served:
-            return json_response(self._card())
-        message = f"there is no model {name!r}; this server serves {served!r}"
-        return json_response(error_body(404, message, "model", "model_not_found"), 404)
-
-    def _card(self) -> dict[str, Any]:
-        name = self._serving.options.served_model_name
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "hornbeam",
-            "root": name,
-            "parent": None,
-            "max_model_len": self._serving.frontend.facts.context_len,
-        }
 
     async def chat(self, request: Request) -> Response:
         """Generate the next message of a chat, in one answer or a stream."""

@@ -16,7 +16,7 @@ from hornbeam.config.flags import check_flags
 from hornbeam.config.resolve import resolve_serve
 from hornbeam.core.errors import BadRequest, EngineDead
 from hornbeam.engine.build import build_engine
-from hornbeam.engine.loop import Built
+from hornbeam.engine.parts import Built
 from hornbeam.engine.stream import Stream
 from hornbeam.engine.transport import ThreadEngine
 from hornbeam.models.index import DEFAULT_MODEL_NAME
@@ -129,7 +129,7 @@ class Engine:
 
     def flush_cache(self) -> bool:
         """Drop the prefix cache. False if requests are running."""
-        return self._call(self._serving.frontend.flush())
+        return self._call(self._serving.frontend.commands.flush())
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """End the request with this very id, or all; their callers get what there is. Unknown ids are ignored."""
@@ -147,11 +147,11 @@ class Engine:
             BadRequest: an unknown mode.
         """
         fields = PAUSE.read({"mode": mode})
-        self._call(self._serving.frontend.pause(fields["mode"]))
+        self._call(self._serving.frontend.commands.pause(fields["mode"]))
 
     def continue_generation(self) -> None:
         """Go on after `pause_generation`."""
-        self._call(self._serving.frontend.resume())
+        self._call(self._serving.frontend.commands.resume())
 
     def start_profile(self, **options: Any) -> dict[str, Any]:
         """Record steps with torch's profiler; `options` are the fields of /start_profile.
@@ -162,11 +162,11 @@ class Engine:
         Raises:
             BadRequest: an option is wrong, or a profile is being recorded already.
         """
-        return self._call(self._serving.frontend.start_profile(read_profile_options(options)))
+        return self._call(self._serving.frontend.commands.start_profile(read_profile_options(options)))
 
     def stop_profile(self) -> dict[str, Any]:
         """End the profile; "file" is the trace. Raises BadRequest if there is none."""
-        return self._call(self._serving.frontend.stop_profile())
+        return self._call(self._serving.frontend.commands.stop_profile())
 
     def encode(self, prompt: Any = None, **options: Any) -> NoReturn:
         """Refused: embedding models are not supported yet. Raises BadRequest."""

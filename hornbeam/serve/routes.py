@@ -9,6 +9,7 @@ from hornbeam.serve.admin import admin_routes
 from hornbeam.serve.app import Route, create_app
 from hornbeam.serve.completions import completion_routes
 from hornbeam.serve.loads import load_routes
+from hornbeam.serve.models import model_routes
 from hornbeam.serve.native import native_routes
 from hornbeam.serve.openai import openai_routes
 from hornbeam.serve.openapi import document
@@ -34,6 +35,7 @@ def create_server_app(serving: Serving, metrics: "Metrics | None" = None) -> Fas
         *native_routes(serving),
         *admin_routes(serving),
         *load_routes(serving),
+        *model_routes(serving),
         *openai_routes(serving),
         *completion_routes(serving),
         *token_routes(serving),

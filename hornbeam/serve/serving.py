@@ -132,7 +132,7 @@ class Serving:
 
     async def state(self) -> dict[str, Any]:
         """The scheduler's numbers, how fast tokens come, and how many requests can run."""
-        stats = await self.frontend.info()
+        stats = await self.frontend.commands.info()
         return {
             **stats,
             "last_gen_throughput": self._throughput.update(stats["total_generated_tokens"]),

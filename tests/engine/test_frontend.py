@@ -87,7 +87,7 @@ def test_the_tokenizers_own_end_is_told_to_the_engine():
 def test_death_fails_those_in_flight_and_those_being_tokenized():
     async def test(engine, frontend):
         stream = await frontend.submit([GenerationRequest(text="x")])
-        info = asyncio.create_task(frontend.info())
+        info = asyncio.create_task(frontend.commands.info())
         late = asyncio.create_task(frontend.submit([GenerationRequest(text="x" * LONG_TEXT)]))
         await asyncio.sleep(0)
         engine.end("the engine process was killed")

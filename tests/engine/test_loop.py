@@ -15,7 +15,8 @@ from hornbeam.config.components import LoopOptions
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.request import Finish, Request, RequestOutput, SamplingParams
 from hornbeam.engine import envelope
-from hornbeam.engine.loop import Built, run_engine
+from hornbeam.engine.loop import run_engine
+from hornbeam.engine.parts import Built
 
 pytestmark = pytest.mark.pure
 
