@@ -60,3 +60,26 @@ def assert_parity(folder: Path, expected: list[Tensor], num_groups: int = 1, **f
         for row, theirs in zip(rows, expected, strict=True):
             torch.testing.assert_close(row, theirs, atol=1e-4, rtol=0)
             assert row.argmax() == theirs.argmax()
+
+
+@torch.inference_mode()
+def assert_every_expert_agrees(folder: Path, num_groups: int = 1, **flags: Any) -> None:
+    """Logprobs within 1e-4 after each token of the prompt, so that all experts of the last layer count, too.
+
+    And they do: with any tensor changed, of stacked experts that of any one, the reference says something else.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    ids = torch.tensor([PROMPT])
+    expected = model(ids).logits[0].log_softmax(-1)
+    ours = Sequence(make_engine(folder, **flags).executor, slot=0, first_page=1, num_pages=8, num_groups=num_groups)
+    torch.testing.assert_close(ours.examine(PROMPT), expected, atol=1e-4, rtol=0)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        for index, part in enumerate(parameter if ".experts." in name else parameter[None]):
+            saved = part.clone()
+            part.mul_(1.1).add_(0.05 * torch.randn_like(part))
+            moved = (model(ids).logits[0].log_softmax(-1) - expected).abs().max()
+            part.copy_(saved)
+            assert moved > 1e-3 or name.endswith("k_proj.bias"), f"{name}, {index}"

@@ -111,8 +111,7 @@ class Sequence:
     def prefill(self, ids: list[int], chunk_size: int | None = None) -> dict[int, float]:
         """Run the prompt in chunks; the logprobs of all ids after it."""
         size = chunk_size or len(ids)
-        start = SlotStart(slot=self._slot, num_cached=0, sampling=GREEDY, seed=0, logprobs=EVERYTHING)
-        grants = tuple(PageGrant(slot=self._slot, group=i, first=0, page_ids=self._pages) for i in self._groups)
+        start, grants = self._beginning()
         logprobs: dict[int, float] = {}
         for begin in range(0, len(ids), size):
             piece = tuple(ids[begin : begin + size])
@@ -123,10 +122,22 @@ class Sequence:
         self._len = len(ids)
         return logprobs
 
+    def examine(self, ids: list[int]) -> torch.Tensor:
+        """Run the prompt; logprobs [T, V] after each of its tokens."""
+        start, grants = self._beginning()
+        chunk = Chunk(slot=self._slot, start=0, token_ids=tuple(ids), samples=False)
+        plan = StepPlan(step_id=0, starts=(start,), grants=grants, chunks=(chunk,))
+        return self._executor.examine(plan).float().log_softmax(-1)
+
     def decode(self) -> dict[int, float]:
         """Feed the last id chosen on the device; the logprobs of all ids after it."""
         self._len += 1
         return self._run(decode=(self._slot,), decode_lens=(self._len,))
+
+    def _beginning(self) -> tuple[SlotStart, tuple[PageGrant, ...]]:
+        start = SlotStart(slot=self._slot, num_cached=0, sampling=GREEDY, seed=0, logprobs=EVERYTHING)
+        grants = (PageGrant(slot=self._slot, group=i, first=0, page_ids=self._pages) for i in self._groups)
+        return start, tuple(grants)
 
     def _run(self, **fields: Any) -> dict[int, float]:
         self._step_id += 1

@@ -85,25 +85,6 @@ def make_shape(experts: ExpertWeights, top_k: int, unit: GatedUnit) -> ExpertsSh
     )
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize("unit", [GatedUnit(), CLAMPED], ids=["silu", "clamped"])
-def test_the_reference_is_the_weighted_sum(unit: GatedUnit) -> None:
-    torch.manual_seed(0)
-    experts = make_experts(5, 12, 7, torch.float32, "cpu", bias=True)
-    x, weights = torch.randn(6, 12), torch.rand(6, 2)
-    ids = torch.tensor([[0, 3], [3, 1], [-1, 4], [4, 0], [-1, -1], [1, -1]], dtype=torch.int32)
-    expected = torch.zeros(6, 12)
-    limit = float("inf") if unit.limit is None else unit.limit
-    for token, slot in [(t, s) for t in range(6) for s in range(2) if ids[t, s] >= 0]:
-        expert = int(ids[token, slot])
-        gate, up = (experts.gate_up[expert] @ x[token] + experts.gate_up_bias[expert]).chunk(2)
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        inner = (up + unit.offset) * gate * torch.sigmoid(gate * unit.alpha)
-        expected[token] += weights[token, slot] * (experts.down[expert] @ inner + experts.down_bias[expert])
-    out = EXPERTS.create(make_shape(experts, 2, unit))(x, weights, ids, experts)
-    torch.testing.assert_close(out, expected)
-
-
 CHOICES = {
     "no token": torch.empty(0, 3),
     "one token": torch.tensor([[5, 0, 2]]),
@@ -114,6 +95,41 @@ CHOICES = {
     .sub(3)
     .clamp(min=-1),
 }
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("unit", [GatedUnit(), CLAMPED], ids=["silu", "clamped"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_reference_is_the_weighted_sum(unit: GatedUnit, choice: str) -> None:
+    torch.manual_seed(0)
+    experts = make_experts(6, 12, 7, torch.float32, "cpu", bias=True)
+    ids = CHOICES[choice].int()
+    x, weights = torch.randn(len(ids), 12), torch.rand(len(ids), 3)
+    expected = torch.zeros(len(ids), 12)
+    limit = float("inf") if unit.limit is None else unit.limit
+    for token, slot in (ids >= 0).nonzero().tolist():
+        expert = int(ids[token, slot])
+        gate, up = (experts.gate_up[expert] @ x[token] + experts.gate_up_bias[expert]).chunk(2)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        inner = (up + unit.offset) * gate * torch.sigmoid(gate * unit.alpha)
+        expected[token] += weights[token, slot] * (experts.down[expert] @ inner + experts.down_bias[expert])
+    out = EXPERTS.create(make_shape(experts, 3, unit))(x, weights, ids, experts)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("mask", [[0, 1, 2, 3, 4, 5], [], [2], [0, 5], [1, 2, 3, 4]])
+def test_experts_that_are_elsewhere_add_what_is_missing(mask: list[int]) -> None:
+    """The sum over experts of a mask, and that over the others, through the map that the routing applies."""
+    torch.manual_seed(0)
+    experts, rule = make_experts(6, 12, 7, torch.float32, "cpu", bias=True), RULES["softmax, renormalized"]
+    x, logits = torch.randn(9, 12), torch.randn(9, 6)
+    compute = EXPERTS.create(make_shape(experts, rule.top_k, GatedUnit()))
+    here = torch.tensor([expert if expert in mask else -1 for expert in range(6)], dtype=torch.int32)
+    elsewhere = torch.where(here < 0, torch.arange(6, dtype=torch.int32), -1)
+    maps = (None, here, elsewhere)
+    everything, *parts = (compute(x, *ROUTING.route(logits, rule, expert_map=ids), experts) for ids in maps)
+    torch.testing.assert_close(parts[0] + parts[1], everything)
 
 
 @pytest.mark.parametrize("choice", CHOICES)

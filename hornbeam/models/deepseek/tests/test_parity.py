@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_parity import PROMPT, assert_parity, reference, save_checkpoint
+from family_parity import PROMPT, assert_every_expert_agrees, assert_parity, reference, save_checkpoint
 from harness import Sequence, as_tensor, make_engine, run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -74,6 +74,16 @@ ROWS: dict[str, dict[str, Any]] = {
 def test_logprobs_equal_the_reference(tmp_path: Path, row: str) -> None:
     folder = save_checkpoint(tmp_path, row.partition(",")[0], ROWS[row])
     assert_parity(folder, reference(folder), page_size=16)
+
+
+@pytest.mark.parametrize("row", ["deepseek_v2", "deepseek_v3"])
+def test_every_weight_matters(tmp_path: Path, row: str) -> None:
+    folder = save_checkpoint(tmp_path, row, ROWS[row])
+    tensors = load_file(folder / "model.safetensors")
+    for name in filter(lambda name: name.endswith("correction_bias"), tensors):
+        tensors[name] *= 0.2  # so that every expert is chosen for some token
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_every_expert_agrees(folder, page_size=16)
 
 
 def test_the_layer_that_drafts_is_left_unread(tmp_path: Path) -> None:
@@ -205,6 +215,22 @@ SLIPS: dict[str, Callable[[DeepseekModel], None]] = {
 def intact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
     folder = save_checkpoint(tmp_path_factory.mktemp("v3"), "deepseek_v3", V3)
     return folder, prefilled(folder)
+
+
+V2_SLIPS: dict[str, Callable[[DeepseekModel], None]] = {
+    "no limit to groups": rule(num_groups=1),
+    "groups by their two best experts": rule(group_score="two_best"),
+    "renormalisation": rule(renormalize=True),
+    "scores by sigmoid": rule(scores="sigmoid"),
+    "not scaled": rule(factor=1.0),
+    "rotation of halves": half_split,
+}
+
+
+@pytest.mark.parametrize("slip", V2_SLIPS)
+def test_no_slip_in_the_second_version_goes_unseen(tmp_path: Path, slip: str) -> None:
+    folder = save_checkpoint(tmp_path, "deepseek_v2", ROWS["deepseek_v2"])
+    assert (prefilled(folder, V2_SLIPS[slip]) - prefilled(folder)).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("slip", SLIPS)

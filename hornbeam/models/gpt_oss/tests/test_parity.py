@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_parity import assert_parity, reference, save_checkpoint
+from family_parity import assert_every_expert_agrees, assert_parity, reference, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.cpu
@@ -33,6 +33,10 @@ SETTINGS: dict[str, Any] = {
 def test_logprobs_equal_the_reference(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, "gpt_oss", SETTINGS)
     assert_parity(folder, reference(folder), num_groups=2)
+
+
+def test_every_weight_matters(tmp_path: Path) -> None:
+    assert_every_expert_agrees(save_checkpoint(tmp_path, "gpt_oss", SETTINGS), num_groups=2)
 
 
 def test_experts_in_four_bits_are_what_transformers_makes_of_them(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from family_parity import assert_parity, reference, save_checkpoint
+from family_parity import assert_every_expert_agrees, assert_parity, reference, save_checkpoint
 
 pytestmark = pytest.mark.cpu
 
@@ -22,3 +22,8 @@ ROWS: dict[str, dict[str, Any]] = {
 def test_logprobs_equal_the_reference(tmp_path: Path, row: str) -> None:
     folder = save_checkpoint(tmp_path, row.partition(",")[0], EXPERTS | ROWS[row])
     assert_parity(folder, reference(folder))
+
+
+@pytest.mark.parametrize("row", ["qwen2_moe", "qwen3_moe, biases"])
+def test_every_weight_matters(tmp_path: Path, row: str) -> None:
+    assert_every_expert_agrees(save_checkpoint(tmp_path, row.partition(",")[0], EXPERTS | ROWS[row]))
