@@ -1,5 +1,6 @@
 """Searches tiles of grouped products by running them on the GPU at hand, over random experts."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +9,12 @@ from functools import partial
 from itertools import product
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
-from hornbeam.ops.moe.contract import ExpertsShape, GatedUnit
+from hornbeam.ops.moe.contract import ExpertsShape
 from hornbeam.ops.moe.tiles import Tile, Tiles
-from hornbeam.ops.moe.triton import multiply_pairs
+from hornbeam.ops.moe.triton import StackedWeights, multiply_pairs
 from hornbeam.ops.moe.triton_order import Order, order_by_expert
 
 _BLOCK_ROWS = (16, 32, 64, 128)
@@ -22,21 +22,19 @@ _DRAWS = 4  # choices of experts that are timed together, so that weights do not
 _REPEATS = 3
 _SHARED_MEMORY = 227 * 1024  # of a program, bytes
 _SUMS = 128  # per thread
+_MOST_PROGRAMS = 8  # per multiprocessor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Product:
     """One product of the pairs of some tokens, for several draws of their experts."""
 
-    x: Tensor
-    weight: Tensor
-    out: Tensor
+    run: Callable[[Order, Tile], None]
     orders: Sequence[Order]
-    unit: GatedUnit | None
 
     def launch(self, tile: Tile) -> None:
         for order in self.orders:
-            multiply_pairs(self.x, self.weight, None, self.out, order, tile, self.unit)
+            self.run(order, tile)
 
 
 class TileSearch:
@@ -45,8 +43,8 @@ class TileSearch:
     def __init__(self, shape: ExpertsShape) -> None:
         draw = partial(torch.randn, dtype=shape.dtype, device=shape.device)
         self._shape = shape
-        self._gate_up = draw(shape.num_experts, 2 * shape.intermediate_size, shape.hidden_size)
-        self._down = draw(shape.num_experts, shape.hidden_size, shape.intermediate_size)
+        self._gate_up = StackedWeights(draw(shape.num_experts, 2 * shape.intermediate_size, shape.hidden_size))
+        self._down = StackedWeights(draw(shape.num_experts, shape.hidden_size, shape.intermediate_size))
 
     def compile(self) -> None:
         """Compile all candidates, several at a time, since that takes longer than to run them."""
@@ -55,7 +53,7 @@ class TileSearch:
             for block_m in _BLOCK_ROWS
             for case, tiles in zip(self._cases(1, block_m), self._candidates(block_m), strict=True)
             for tile in tiles
-            if tile.group == 1
+            if tile.group == 1 and (tile.flatten or not tile.programs)
         ]
         _runs(*jobs[0])  # alone, since a kernel sets itself up once
         with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.synchronize) as pool:  # makes a context current
@@ -85,12 +83,16 @@ class TileSearch:
         ids = (draw.topk(shape.top_k).indices.int() for draw in draws)
         orders = [order_by_expert(of_tokens, shape.num_experts, block_m) for of_tokens in ids]
         x = torch.randn(num_tokens, shape.hidden_size, dtype=shape.dtype, device=device)
-        inner = x.new_empty(num_tokens * shape.top_k, shape.intermediate_size).normal_()
+        inner = x.new_empty(len(orders[0].pairs), shape.intermediate_size).normal_()
         out = x.new_empty(num_tokens * shape.top_k, shape.hidden_size)
-        return (
-            _Product(x=x, weight=self._gate_up, out=torch.empty_like(inner), orders=orders, unit=shape.unit),
-            _Product(x=inner, weight=self._down, out=out, orders=orders, unit=None),
-        )
+
+        def first(order: Order, tile: Tile) -> None:
+            multiply_pairs(x, self._gate_up, inner, order, tile, shape.unit)
+
+        def second(order: Order, tile: Tile) -> None:
+            multiply_pairs(inner, self._down, out, order, tile)
+
+        return _Product(run=first, orders=orders), _Product(run=second, orders=orders)
 
     def _candidates(self, block_m: int) -> tuple[list[Tile], list[Tile]]:
         """Of gate and up, of down."""
@@ -101,19 +103,28 @@ class TileSearch:
 def candidates(block_m: int, parts: int, itemsize: int) -> list[Tile]:
     """Tiles worth a try for blocks of `block_m` rows, of a product with `parts` outputs per column."""
     if block_m < 64:
-        settings = product((32, 64, 128), (64, 128, 256), (1, 16), (4, 8), (3, 5))
+        settings = product((32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5), (1, 16), (False, True))
     else:
-        settings = product((64, 128, 256), (64, 128), (1, 16), (4, 8), (3, 4))
-    tiles = [Tile(block_n=n, block_k=k, group=g, num_warps=warps, num_stages=s) for n, k, g, warps, s in settings]
-    return [tile for tile in tiles if _fits(tile, block_m, parts, itemsize)]
+        settings = product((64, 128, 256), (64, 128), (4, 8), (3, 4), (1, 16), (False, True))
+    found = []
+    for n, k, warps, stages, group, flatten in settings:
+        tile = Tile(block_n=n, block_k=k, group=group, num_warps=warps, num_stages=stages, flatten=flatten)
+        programs = _programs(tile, block_m, parts, itemsize)
+        if programs:
+            found.append(dataclasses.replace(tile, programs=programs))
+            if not flatten:
+                found.append(tile)
+    return found
 
 
-def _fits(tile: Tile, block_m: int, parts: int, itemsize: int) -> bool:
-    """Whether stages fit in shared memory, sums in registers, and each warp has enough to do."""
+def _programs(tile: Tile, block_m: int, parts: int, itemsize: int) -> int:
+    """How many fit on a multiprocessor; 0, if their sums have no room in registers, or warps have too little to do."""
     weights = parts * tile.block_n * tile.block_k
     shared = tile.num_stages * (weights + block_m * tile.block_k) * itemsize
     sums = parts * tile.block_n * block_m / (32 * tile.num_warps)
-    return shared <= _SHARED_MEMORY and sums <= _SUMS and weights >= 2048 * tile.num_warps
+    if sums > _SUMS or weights < 2048 * tile.num_warps:
+        return 0
+    return min(_SHARED_MEMORY // shared, 2048 // (32 * tile.num_warps), _MOST_PROGRAMS)
 
 
 def _fastest(launch: Callable[[Tile], None], tiles: Sequence[Tile]) -> tuple[float, Tile]:

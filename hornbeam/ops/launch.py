@@ -1,4 +1,6 @@
-"""Programmatic dependent launch: a kernel may begin before the one ahead of it has ended.
+"""How kernels are launched: on how many multiprocessors, and early.
+
+Programmatic dependent launch: a kernel may begin before the one ahead of it has ended.
 
 A kernel launched so first does what needs nothing of its predecessors (addresses, weights), then waits for them with
 `tl.extra.cuda.gdc_wait()`, and tells its successor to begin with `gdc_launch_dependents()`. Since every kernel waits
@@ -17,3 +19,9 @@ def early_launch(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return {"EARLY": False}
     return {"EARLY": True, "launch_pdl": True}
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; of another, 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -138,7 +138,6 @@ def test_the_kernels_sum_as_the_reference(device, choice, unit, bias):
     pytest.importorskip("triton")
     from hornbeam.ops.moe.tiles import Tile, Tiles
     from hornbeam.ops.moe.triton import TritonExperts
-    from hornbeam.ops.moe.triton_rows import run_few_tokens
 
     experts = make_experts(6, 72, 40, torch.float32, device, bias)
     ids = CHOICES[choice].int().to(device)
@@ -148,15 +147,25 @@ def test_the_kernels_sum_as_the_reference(device, choice, unit, bias):
     small = Tile(block_n=32, block_k=32, group=2, num_warps=4, num_stages=2)
     out = TritonExperts(shape).run(x, weights, ids, experts, Tiles(block_m=16, gate_up=small, down=small))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    few = slice(5)
-    if len(ids):
-        out = run_few_tokens(x[few], weights[few], ids[few], experts, unit)
-        torch.testing.assert_close(out, expected[few], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("unit", "bias"), [(GatedUnit(), False), (CLAMPED, True)], ids=["silu", "clamped"])
+def test_few_tokens_sum_as_the_reference(device, unit, bias):
+    pytest.importorskip("triton")
+    from hornbeam.ops.moe.triton_rows import run_few_tokens
+
+    experts = make_experts(5, 24, 20, torch.float32, device, bias)
+    ids = torch.tensor([[4, 0], [2, -1]], dtype=torch.int32, device=device)
+    x, weights = torch.randn(2, 24, device=device), torch.rand(2, 2, device=device)
+    expected = EXPERTS.create(make_shape(experts, 2, unit))(x, weights, ids, experts)
+    out = run_few_tokens(x, weights, ids, experts, unit)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_kernels_in_half_precision_with_the_default_tiles(device, dtype):
     pytest.importorskip("triton")
-    from hornbeam.ops.moe.triton import BACKEND
+    from hornbeam.ops.moe.tiles import default_tiles
+    from hornbeam.ops.moe.triton import TritonExperts
 
     if device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter cannot multiply bfloat16 matrices")
@@ -166,9 +175,8 @@ def test_the_kernels_in_half_precision_with_the_default_tiles(device, dtype):
     shape = make_shape(experts, 2, GatedUnit())
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
     expected = EXPERTS.create(shape)(x, weights, ids, experts)
-    torch.testing.assert_close(
-        BACKEND.create(shape)(x, weights, ids, experts), expected, atol=tolerance, rtol=tolerance
-    )
+    out = TritonExperts(shape).run(x, weights, ids, experts, default_tiles(1))
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 3), (7, 40), (900, 6), (6000, 5)])

@@ -23,13 +23,15 @@ SHIPPED = Path(__file__).parent / "tiles"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """What one program computes, and how."""
+    """What a program computes at a time, and how."""
 
     block_n: int
     block_k: int
     group: int  # blocks of rows that take turns over the same columns
     num_warps: int
     num_stages: int
+    programs: int = 0  # per multiprocessor, which take one tile after the other; 0: a program per tile
+    flatten: bool = False  # such programs load for the next tile before they store this one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,8 @@ class TileTable:
         self._sizes = sorted(entries)
         self._entries = entries
         self._share = top_k / num_experts
+        tiles = entries.values() if entries else map(default_tiles, (1, 64, 256))
+        self.untried = list(dict.fromkeys(tiles))  # whose kernels nobody has run yet
 
     def of(self, num_tokens: int) -> Tiles:
         """The entry of the nearest number above; of the largest, beyond that."""
@@ -78,13 +82,14 @@ class TileTable:
 def default_tiles(tokens_per_expert: float) -> Tiles:
     """Few rows: narrow tiles, whose loads of weights are all that counts; many: large ones, which reuse them."""
     if tokens_per_expert <= 16:
-        tile = Tile(block_n=64, block_k=128, group=1, num_warps=4, num_stages=4)
+        tile = Tile(block_n=64, block_k=128, group=1, num_warps=4, num_stages=3)
         return Tiles(block_m=16, gate_up=tile, down=tile)
     if tokens_per_expert <= 64:
-        tile = Tile(block_n=64, block_k=64, group=8, num_warps=4, num_stages=4)
+        tile = Tile(block_n=64, block_k=64, group=1, num_warps=4, num_stages=3)
         return Tiles(block_m=64, gate_up=tile, down=tile)
-    down = Tile(block_n=128, block_k=64, group=16, num_warps=8, num_stages=4)
-    return Tiles(block_m=128, gate_up=Tile(block_n=64, block_k=64, group=16, num_warps=8, num_stages=4), down=down)
+    gate_up = Tile(block_n=64, block_k=64, group=1, num_warps=8, num_stages=3, programs=2)
+    down = Tile(block_n=128, block_k=64, group=1, num_warps=4, num_stages=3, programs=2, flatten=True)
+    return Tiles(block_m=128, gate_up=gate_up, down=down)
 
 
 @cache

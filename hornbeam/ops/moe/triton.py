@@ -5,16 +5,19 @@ tokens, so that the kernels can run inside a graph: the order has room for the w
 actual end return at once. Nothing depends on the order in which programs run.
 """
 
-from functools import cached_property, partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hornbeam.core.fp8 import Fp8Format
 from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import early_launch, num_multiprocessors
 from hornbeam.ops.linear.contract import SCALE_BLOCK
 from hornbeam.ops.linear.fp8_rounding import round_rows
 from hornbeam.ops.moe.contract import Experts, ExpertsShape, ExpertWeights, GatedUnit
@@ -24,15 +27,15 @@ from hornbeam.ops.moe.triton_rows import run_few_tokens
 from hornbeam.ops.moe.triton_unit import gated
 from hornbeam.ops.query import OpQuery
 
-_FEW_TOKENS = 1  # so many are taken pair by pair
+_FEW_TOKENS = 4  # so many are taken pair by pair
 _SUM_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "group_size", "num_inputs"])
+@triton.jit(do_not_specialize=["num_pairs", "group_size", "num_inputs"])
 def _product_kernel(
-    x_ptr,
+    x,
     x_scales_ptr,
-    weight_ptr,
+    weight,
     scales_ptr,
     bias_ptr,
     out_ptr,
@@ -40,12 +43,11 @@ def _product_kernel(
     block_experts_ptr,
     num_rows_ptr,
     num_pairs,
-    num_blocks,
     group_size,
     num_inputs,
     N: tl.constexpr,
     K: tl.constexpr,
-    PAIRS_PER_ROW: tl.constexpr,
+    TOP_K: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
@@ -55,71 +57,75 @@ def _product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FLATTEN: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """out[pair, :N] = x[pair // PAIRS_PER_ROW, :K] W^T + b of the pair's expert; GATED: W holds gate, then up.
+    """Tiles of x W^T + b of the pairs' experts, each program one after the other; `weight` describes [E * parts, N, K].
 
-    SCALED: both sides are eight-bit floats, whose scales change with each BLOCK_K features; BLOCK_N columns share them.
+    GATED: gates and ups of tokens x [T, K], the unit of both is stored in the order. Else of x [B * BLOCK_M, K] in
+    the order, stored as [num_pairs, N]. SCALED: both sides are eight-bit floats, whose scales change with each BLOCK_K
+    features; BLOCK_N columns share them. Those of the `num_inputs` rows of x stand side by side.
     """
+    PARTS: tl.constexpr = 2 if GATED else 1
+    NUM_COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    NUM_SCALES: tl.constexpr = (K + 127) // 128
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    PARTS: tl.constexpr = 2 if GATED else 1
-    NUM_COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    first_block = program // (group_size * NUM_COLUMNS) * group_size
-    group = tl.minimum(num_blocks - first_block, group_size)
-    within = program % (group_size * NUM_COLUMNS)
-    block, column = first_block + within % group, within // group
-    if block * BLOCK_M >= tl.load(num_rows_ptr):
-        return
-    pairs = tl.load(order_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    valid = pairs < num_pairs
-    expert = tl.load(block_experts_ptr + block).to(tl.int64)
-    columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    features = tl.arange(0, BLOCK_K)
-    in_columns = columns < N
-    rows = x_ptr + (pairs // PAIRS_PER_ROW).to(tl.int64)[:, None] * K + features[None, :]
-    weights = weight_ptr + expert * (PARTS * N * K) + columns[None, :] * K + features[:, None]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up_total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if SCALED:
-        NUM_GROUPS: tl.constexpr = (K + 127) // 128
-        row_scales = x_scales_ptr + pairs // PAIRS_PER_ROW
-        scales = scales_ptr + (expert * ((PARTS * N + 127) // 128) + column * BLOCK_N // 128) * NUM_GROUPS
-        row_scale = tl.load(row_scales, mask=valid, other=0.0)
-        scale = tl.load(scales)
-        up_scale = tl.load(scales + N // 128 * NUM_GROUPS) if GATED else scale
-    for begin in range(0, K, BLOCK_K):
-        inside = begin + features < K
-        x = tl.load(rows + begin, mask=valid[:, None] & inside[None, :], other=0.0)
-        mask = inside[:, None] & in_columns[None, :]
-        tile = tl.load(weights + begin, mask=mask, other=0.0)
-        if SCALED:
-            total += tl.dot(x, tile) * (row_scale * scale)[:, None]
-        else:
-            total += tl.dot(x, tile, input_precision="ieee")
+    num_blocks = tl.load(num_rows_ptr) // BLOCK_M
+    for number in tl.range(tl.program_id(0), num_blocks * NUM_COLUMNS, tl.num_programs(0), flatten=FLATTEN):
+        first_block = number // (group_size * NUM_COLUMNS) * group_size
+        group = tl.minimum(num_blocks - first_block, group_size)
+        within = number % (group_size * NUM_COLUMNS)
+        block, column = first_block + within % group, within // group
+        places = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        pairs = tl.load(order_ptr + places)
+        valid = pairs < num_pairs
+        expert = tl.load(block_experts_ptr + block)
+        features = tl.arange(0, BLOCK_K)
+        inputs = pairs // TOP_K if GATED else places
         if GATED:
-            tile = tl.load(weights + N * K + begin, mask=mask, other=0.0)
-            if SCALED:
-                up_total += tl.dot(x, tile) * (row_scale * up_scale)[:, None]
-            else:
-                up_total += tl.dot(x, tile, input_precision="ieee")
-        if SCALED:  # those of the next features arrive while these are multiplied
-            following = tl.minimum(begin // BLOCK_K + 1, NUM_GROUPS - 1)
-            row_scale = tl.load(row_scales + following * num_inputs, mask=valid, other=0.0)
-            scale = tl.load(scales + following)
+            rows = x + inputs.to(tl.int64)[:, None] * K + features[None, :]
+        if SCALED:  # loaded ahead: those of the next features arrive while these are multiplied
+            row_scales = x_scales_ptr + inputs
+            halves = tl.arange(0, PARTS * BLOCK_N) // BLOCK_N * (N // 128)
+            first_scales = expert * ((PARTS * N + 127) // 128) + column * BLOCK_N // 128
+            column_scales = scales_ptr + (first_scales + halves).to(tl.int64) * NUM_SCALES
+            row_scale, column_scale = tl.load(row_scales, mask=valid, other=0.0), tl.load(column_scales)
+        total = tl.zeros((BLOCK_M, PARTS * BLOCK_N), tl.float32)
+        for begin in range(0, K, BLOCK_K):
             if GATED:
-                up_scale = tl.load(scales + N // 128 * NUM_GROUPS + following)
-    if HAS_BIAS:
-        biases = bias_ptr + expert * (PARTS * N) + columns
-        total += tl.load(biases, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+                mask = valid[:, None]
+                if K % BLOCK_K:
+                    mask = mask & (begin + features < K)[None, :]
+                part = tl.load(rows + begin, mask=mask, other=0.0)
+            else:
+                part = x.load([block * BLOCK_M, begin])
+            tile = weight.load([expert * PARTS, column * BLOCK_N, begin]).reshape(PARTS * BLOCK_N, BLOCK_K)
+            if SCALED:
+                total += tl.dot(part, tile.T) * row_scale[:, None] * column_scale[None, :]
+                following = tl.minimum(begin // BLOCK_K + 1, NUM_SCALES - 1)
+                row_scale = tl.load(row_scales + following * num_inputs, mask=valid, other=0.0)
+                column_scale = tl.load(column_scales + following)
+            else:
+                total = tl.dot(part, tile.T, total, input_precision="ieee")
+        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = columns < N
+        dtype: tl.constexpr = out_ptr.dtype.element_ty
+        if HAS_BIAS:
+            biases = bias_ptr + expert * (PARTS * N) + columns
         if GATED:
-            up_total += tl.load(biases + N, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        total = gated(total, up_total, ALPHA, LIMIT, OFFSET, out_ptr.dtype.element_ty)
-    places = out_ptr + pairs.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(places, total.to(out_ptr.dtype.element_ty), mask=valid[:, None] & in_columns[None, :])
+            gate, up = tl.split(total.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1))
+            if HAS_BIAS:
+                gate += tl.load(biases, mask=inside, other=0.0).to(tl.float32)[None, :]
+                up += tl.load(biases + N, mask=inside, other=0.0).to(tl.float32)[None, :]
+            out, targets, stored = gated(gate, up, ALPHA, LIMIT, OFFSET, dtype), places, places >= 0
+        else:
+            if HAS_BIAS:
+                total += tl.load(biases, mask=inside, other=0.0).to(tl.float32)[None, :]
+            out, targets, stored = total, pairs, valid
+        out_rows = out_ptr + targets.to(tl.int64)[:, None] * N
+        tl.store(out_rows + columns[None, :], out.to(dtype), mask=stored[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -174,7 +180,15 @@ class TritonExperts:
         """See `Experts`."""
         if 0 < len(x) <= _FEW_TOKENS and self._shape.fp8 is None:
             return run_few_tokens(x, weights, ids, experts, self._shape.unit)
+        if self._table.untried and x.is_cuda:
+            self._compile(x[:1], weights[:1], ids[:1], experts)
         return self.run(x, weights, ids, experts, self._table.of(x.shape[0]))
+
+    def _compile(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights) -> None:
+        """Have all tiles of the table compiled, side by side: a compiler at work would hold up a later step."""
+        untried, self._table.untried = self._table.untried, []
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda tiles: self.run(x, weights, ids, experts, tiles), untried))
 
     def run(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, tiles: Tiles) -> Tensor:
         """The same with tiles of the caller's choice."""
@@ -185,12 +199,12 @@ class TritonExperts:
         if not len(x):
             return out
         order = order_by_expert(ids, shape.num_experts, tiles.block_m)
-        inner = x.new_empty((ids.numel(), shape.intermediate_size))
-        multiply = partial(multiply_pairs, order=order, fp8=shape.fp8)
-        gate_up, down = (experts.gate_up, experts.gate_up_bias), (experts.down, experts.down_bias)
-        multiply(x, *gate_up, inner, tile=tiles.gate_up, unit=shape.unit, scales=experts.gate_up_scales)
+        inner = x.new_empty((len(order.pairs), shape.intermediate_size))
+        gate_up = StackedWeights(experts.gate_up, experts.gate_up_bias, experts.gate_up_scales, shape.fp8)
+        multiply_pairs(x, gate_up, inner, order, tiles.gate_up, shape.unit)
         parts = x.new_empty((ids.numel(), shape.hidden_size))
-        multiply(inner, *down, parts, tile=tiles.down, scales=experts.down_scales)
+        down = StackedWeights(experts.down, experts.down_bias, experts.down_scales, shape.fp8)
+        multiply_pairs(inner, down, parts, order, tiles.down)
         grid = (len(x), triton.cdiv(shape.hidden_size, _SUM_BLOCK))
         _sum_kernel[grid](
             parts,
@@ -205,57 +219,62 @@ class TritonExperts:
         return out
 
 
-def multiply_pairs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    order: Order,
-    tile: Tile,
-    unit: GatedUnit | None = None,
-    *,
-    scales: Tensor | None = None,
-    fp8: Fp8Format | None = None,
-) -> None:
-    """One product of all pairs, [P, N]; with a unit, of gate and up, and the unit of both.
+@dataclass(frozen=True, slots=True)
+class StackedWeights:
+    """Of one product of all experts; scales and what they mean: see `ExpertWeights`."""
 
-    x has a row per pair, or per token; it is rounded if the weight has scales.
+    values: Tensor  # [E, N, K], or with a unit [E, 2 N, K]
+    bias: Tensor | None = None
+    scales: Tensor | None = None
+    fp8: Fp8Format | None = None
+
+
+def multiply_pairs(
+    x: Tensor, weights: StackedWeights, out: Tensor, order: Order, tile: Tile, unit: GatedUnit | None = None
+) -> None:
+    """One product of all pairs; x is rounded if the weights have scales.
+
+    With a unit, of gate and up, and the unit of both: x [T, K] of tokens -> out [B * block_m, N] in the order. Else
+    x [B * block_m, K] in the order -> out [P, N] of pairs.
     """
     x_scales: Tensor | None = None
-    if scales is not None and fp8 is not None:
-        x, x_scales = round_rows(x, power_of_two=fp8.power_of_two)
-    assert weight.is_contiguous()
-    num_columns, num_blocks = out.shape[1], len(order.experts)
-    values = unit or GatedUnit()
-    _product_kernel[(num_blocks * triton.cdiv(num_columns, tile.block_n),)](
-        x,
+    num_inputs, block_k = len(x), tile.block_k
+    if weights.fp8 is not None:
+        (x, x_scales), block_k = round_rows(x, power_of_two=weights.fp8.power_of_two), SCALE_BLOCK
+    parts, values = 1 if unit is None else 2, unit or GatedUnit()
+    num_experts, num_rows, num_features = weights.values.shape
+    stacked = weights.values.view(num_experts * parts, num_rows // parts, num_features)
+    num_tiles = len(order.experts) * triton.cdiv(stacked.shape[1], tile.block_n)
+    num_programs = min(num_tiles, tile.programs * num_multiprocessors(out.device)) if tile.programs else num_tiles
+    _product_kernel[(num_programs,)](
+        TensorDescriptor.from_tensor(x, [order.block_m, block_k]) if unit is None else x,
         x_scales,
-        weight,
-        scales,
-        bias,
+        TensorDescriptor.from_tensor(stacked, [parts, tile.block_n, block_k]),
+        weights.scales,
+        weights.bias,
         out,
         order.pairs,
         order.experts,
         order.num_rows,
-        len(out),
-        num_blocks,
+        order.num_pairs,
         tile.group,
-        len(x),
-        N=num_columns,
-        K=x.shape[1],
-        PAIRS_PER_ROW=len(out) // len(x),
+        num_inputs,
+        N=stacked.shape[1],
+        K=num_features,
+        TOP_K=order.top_k,
         GATED=unit is not None,
-        HAS_BIAS=bias is not None,
-        SCALED=scales is not None,
+        HAS_BIAS=weights.bias is not None,
+        SCALED=weights.fp8 is not None,
         ALPHA=values.alpha,
         LIMIT=values.limit,
         OFFSET=values.offset,
         BLOCK_M=order.block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k if scales is None else SCALE_BLOCK,
+        BLOCK_K=block_k,
+        FLATTEN=tile.flatten,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **early_launch(x.device),
+        **early_launch(out.device),
     )
 
 
@@ -265,8 +284,12 @@ class TritonBackend:
     captures = True
 
     def supports(self, query: OpQuery) -> str | None:
-        """CUDA devices."""
-        return needs_cuda(query)
+        """CUDA devices, and rows of weights that the tensor memory engine can address."""
+        reason = needs_cuda(query)
+        inner = 0 if query.mixture is None else query.mixture.intermediate_size
+        if reason is None and (query.hidden_size % 16 or inner % 16):
+            reason = "sizes must be multiples of 16"
+        return reason
 
     def create(self, shape: ExpertsShape) -> Experts:
         """See `ExpertsBackend`."""

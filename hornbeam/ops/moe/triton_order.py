@@ -27,6 +27,8 @@ class Order:
     experts: Tensor  # [B], of each block
     num_rows: Tensor  # [1], places in blocks that are in use
     block_m: int
+    num_pairs: int
+    top_k: int
 
 
 @triton.jit
@@ -121,6 +123,8 @@ def order_by_expert(ids: Tensor, num_experts: int, block_m: int) -> Order:
         experts=ids.new_empty(num_blocks),
         num_rows=ids.new_empty(1),
         block_m=block_m,
+        num_pairs=num_pairs,
+        top_k=ids.shape[1],
     )
     bins = triton.next_power_of_2(num_experts + 1)
     counts, segments, chunk = ids, 1, max(16, triton.next_power_of_2(num_pairs))
