@@ -4,8 +4,10 @@ Knows neither file formats nor families: a checkpoint streams tensors, and a fam
 """
 
 import hashlib
-from collections.abc import Collection, Mapping
-from itertools import product
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import product, starmap
 from pathlib import Path
 from types import MappingProxyType
 
@@ -32,6 +34,7 @@ from hornbeam.weights.fp8 import (
     scales_shape,
 )
 
+_NUM_FILLERS = 4
 _DUMMY_DEVIATION = 0.02
 _PROGRESS_DELAY = 1.0  # seconds of loading before a bar is worth drawing
 _DERIVED_SUFFIX = ".rotary_emb.inv_freq"  # follows from the config; old checkpoints store it
@@ -49,7 +52,7 @@ def load_weights(
 ) -> None:
     """Copy each tensor of `checkpoint` to its place in `model`, converted to the parameter's dtype and device.
 
-    One tensor at a time is in memory besides the model; progress is drawn on a terminal if it takes long.
+    A few tensors at a time are in memory besides the model; progress is drawn on a terminal if it takes long.
     unread: beginnings of the names of tensors that may be there, and are left out.
     aliases: beginning of names in the map -> what some checkpoints have in its place.
     fp8: of the checkpoint's weights. Where the model has such weights and the checkpoint has not, they are rounded.
@@ -67,23 +70,40 @@ def load_weights(
     shapes = {name: _shape(target, places[name]) for name, target in targets.items()}
     shapes |= {name + SCALES: scales_shape(shapes[name]) for name in stored - kept}
     _check_shapes(checkpoint, shapes, unread)
+
+    def fill(name: str, tensor: Tensor) -> int:
+        target, value = targets[name], _transformed(tensor, places[name])
+        if name in kept - stored:
+            fill_rounded(target, _target(model, scales_place(places[name])), value, power_of_two=False)
+        elif value.is_floating_point() and (target.dtype == torch.float8_e4m3fn) == (
+            value.dtype == torch.float8_e4m3fn
+        ):
+            target.copy_(value)
+        else:
+            raise ConfigError(
+                f"{name} in {checkpoint.path} is {value.dtype}, which its config's quantization_config does not say"
+            )
+        return target.nbytes
+
+    tensors = read_widened(checkpoint.source, targets, stored - kept)
+    on_cpu = all(target.device.type == "cpu" for target in targets.values())
     total = sum(target.nbytes for target in targets.values())
     with tqdm(
         total=total, desc="Loading weights", unit="B", unit_scale=True, delay=_PROGRESS_DELAY, disable=None
     ) as progress:
-        for name, tensor in read_widened(checkpoint.source, targets, stored - kept):
-            target, value = targets[name], _transformed(tensor, places[name])
-            if name in kept - stored:
-                fill_rounded(target, _target(model, scales_place(places[name])), value, power_of_two=False)
-            elif value.is_floating_point() and (target.dtype == torch.float8_e4m3fn) == (
-                value.dtype == torch.float8_e4m3fn
-            ):
-                target.copy_(value)
-            else:
-                raise ConfigError(
-                    f"{name} in {checkpoint.path} is {value.dtype}, which its config's quantization_config does not say"
-                )
-            progress.update(target.nbytes)
+        for num_bytes in _in_threads(fill, tensors) if on_cpu else starmap(fill, tensors):
+            progress.update(num_bytes)
+
+
+def _in_threads(fill: Callable[[str, Tensor], int], tensors: Iterator[tuple[str, Tensor]]) -> Iterator[int]:
+    """What `fill` returns of each; several at once, because most of the time goes into faults of single pages."""
+    filling: deque[Future[int]] = deque()
+    with ThreadPoolExecutor(_NUM_FILLERS, thread_name_prefix="fill") as pool:
+        for name, tensor in tensors:
+            filling.append(pool.submit(fill, name, tensor))
+            if len(filling) > _NUM_FILLERS:
+                yield filling.popleft().result()
+        yield from (future.result() for future in filling)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 _NUM_READERS = 4
 _CHUNK_BYTES = 16 << 20
+_PIECE_BYTES = 1 << 20  # what is read is thrown away: fresh memory for it would cost more than the reading
 _PAGE_BYTES = 4096
 _FILES_AHEAD = 1  # behind the one in use; more could push each other out of the cache
 
@@ -60,7 +61,9 @@ def _read(path: Path, start: int) -> None:
     try:
         with path.open("rb", buffering=0) as file:
             if not _is_cached(file.fileno(), start):
-                os.preadv(file.fileno(), [bytearray(_CHUNK_BYTES)], start)
+                piece = bytearray(_PIECE_BYTES)
+                for position in range(start, start + _CHUNK_BYTES, _PIECE_BYTES):
+                    os.preadv(file.fileno(), [piece], position)
     except OSError:
         return
 
