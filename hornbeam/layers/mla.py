@@ -12,7 +12,7 @@ from hornbeam.layers.context import BuildContext
 from hornbeam.layers.decoder_config import LatentShape
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.linear import Linear
-from hornbeam.layers.norm import RMSNorm
+from hornbeam.layers.norm import RMSNorm, normed_linear
 from hornbeam.layers.parameters import empty_parameter
 from hornbeam.ops.attention.contract import LatentAttend
 from hornbeam.ops.linear.contract import InputNorm
@@ -61,7 +61,7 @@ class LatentAttention(nn.Module):
         """What `qkv` projected: [T, queries' latent (or queries) + C + R] -> [T, H]."""
         q, row = qkv.split_with_sizes(self.qkv.parts, -1)
         if self.query is not None and self.query_norm is not None:
-            q = self.query(self.query_norm(q.contiguous()), fwd)
+            q, _ = normed_linear(self.query_norm, self.query, q.contiguous(), None, fwd)
         out = self._attend(q.unflatten(-1, (self._num_heads, -1)), row, rotary(positions), fwd)
         return self.output(out.flatten(1), fwd)
 

@@ -12,6 +12,7 @@ from harness import Sequence, as_tensor, make_engine, run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import hornbeam.ops.mla.prefill as latent_prefill
 from hornbeam.core.request import Request, SamplingParams
 from hornbeam.layers.moe import MoE
 from hornbeam.models.deepseek.model import DeepseekModel
@@ -84,6 +85,17 @@ def test_every_weight_matters(tmp_path: Path, row: str) -> None:
         tensors[name] *= 0.2  # so that every expert is chosen for some token
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert_every_expert_agrees(folder, page_size=16)
+
+
+@pytest.mark.parametrize("absorbed", [True, False])
+def test_prefill_equals_the_reference_in_either_form(
+    tmp_path: Path, absorbed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expanded, the prefix is cut into chunks of six tokens."""
+    monkeypatch.setattr(latent_prefill, "absorbing_pays", lambda *_: absorbed)
+    monkeypatch.setattr(latent_prefill, "_CHUNK_BYTES", 6 * 4 * 4 * (32 + 16 + 24))
+    folder = save_checkpoint(tmp_path, "deepseek_v3", V3)
+    assert_parity(folder, reference(folder), page_size=16)
 
 
 def test_the_layer_that_drafts_is_left_unread(tmp_path: Path) -> None:
