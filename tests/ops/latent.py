@@ -77,8 +77,8 @@ def latent_case(
         captured=captured,
     )
     row = torch.cat([x[-num:] for x, num in zip(cached(shape, rows, pages), query_lens, strict=True)])
-    q = torch.randn(sum(query_lens), shape.num_heads * (sizes.nope_dim + sizes.rope_dim) + 5, device=device)
-    q = q.to(shape.dtype)[:, 5:].unflatten(1, (shape.num_heads, -1))  # a view, as a fused projection makes it
+    q = torch.randn(sum(query_lens), shape.num_heads * (sizes.nope_dim + sizes.rope_dim) + 8, device=device)
+    q = q.to(shape.dtype)[:, 8:].unflatten(1, (shape.num_heads, -1))  # a view, as a fused projection makes it
     up = torch.randn(shape.num_heads, sizes.nope_dim + sizes.value_dim, sizes.rank, device=device) * sizes.rank**-0.5
     return LatentCase(shape=shape, rows=rows, q=q, row=row, pages=pages, up=up.to(shape.dtype))
 

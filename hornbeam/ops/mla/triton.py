@@ -22,12 +22,14 @@ from hornbeam.ops.mla.prefill import LatentPrefill, values_of
 from hornbeam.ops.mla.triton_ragged import TritonRagged
 from hornbeam.ops.query import OpQuery
 
-_TILE = 64  # queries times heads of a prefill tile, and the most heads of any; of float32, which fills registers:
-_LEAST_TILE = 16  # the least that the matrix units take
+_TILE = 64  # queries times heads of a prefill tile
+_LEAST_TILE = 16  # heads of a decode tile, and of one in float32, which fills registers: what the matrix units take
 _MAX_SPLITS = 32
 _PROGRAMS = 256  # enough to fill a large device
 _FUSED_TOKENS = 8  # the most for which values are made while parts are merged
 _BLOCK_VALUES = 16
+_BLOCK_KEYS = 64
+_NUM_WARPS = 8
 
 
 # Slots come out of an upload at any offset: specialised on alignment, the kernel would be compiled twice.
@@ -146,7 +148,11 @@ def _values_kernel(
     index = token * NUM_HEADS + head
     lse = tl.load(lse_ptr + index * NUM_SPLITS + splits)
     shares = tl.exp2(lse - tl.max(lse, 0))
-    parts = tl.load(parts_ptr + (index * NUM_SPLITS + splits)[:, None] * RANK + features[None, :])
+    parts = tl.load(  # but for those that saw no key
+        parts_ptr + (index * NUM_SPLITS + splits)[:, None] * RANK + features[None, :],
+        mask=(shares > 0)[:, None],
+        other=0.0,
+    )
     latent = tl.sum(parts * shares[:, None], 0) / tl.sum(shares, 0)
     latent = latent.to(weights.dtype).to(tl.float32)
     out = tl.sum(weights.to(tl.float32) * latent[None, :], 1)
@@ -163,8 +169,8 @@ class _Tiling:
 
     @classmethod
     def of(cls, num_heads: int, queries: int | None, dtype: torch.dtype) -> "_Tiling":
-        """queries: None for as many as there is room for."""
-        most = _TILE if dtype.itemsize == 2 else _LEAST_TILE
+        """queries: of a row, the same for all; None: they differ, and a tile takes as many as there is room for."""
+        most = _TILE if dtype.itemsize == 2 and queries is None else _LEAST_TILE
         heads = min(most, triton.next_power_of_2(num_heads))
         return cls(queries=queries or most // heads, heads=heads, head_blocks=triton.cdiv(num_heads, heads))
 
@@ -242,8 +248,8 @@ class TritonLatentAttention:
                 PAGE_SIZE=shape.page_size,
                 NUM_SPLITS=num_splits,
                 BLOCK=block,
-                BLOCK_KEYS=64 if half else 32,
-                num_warps=8,
+                BLOCK_KEYS=_BLOCK_KEYS if half else 32,
+                num_warps=_NUM_WARPS,
                 num_stages=2 if half else 1,  # rows of each stage wait in shared memory
                 **early,
             )

@@ -14,26 +14,28 @@ from hornbeam.ops.linear.contract import InputNorm
 from hornbeam.ops.qkv.contract import Rotation
 from hornbeam.ops.query import OpQuery
 
-_BLOCK_TOKENS = 16  # the least that the matrix units take
-_BLOCK_FEATURES = 64  # of absorbed queries
+_FEW_TOKENS = 32  # up to so many, programs are small, so that there are enough of them
+_SMALL_BLOCKS = 16, 64  # tokens and features of absorbed queries
+_LARGE_BLOCKS = 32, 128
 
 
 @triton.jit
-def _turn(x, out, table, half, inside):
-    """Turn the pairs of neighbours [tokens, half] at pointers `x`, to pointers `out`; `table`: of their cosines."""
-    cos = tl.load(table, mask=inside, other=0.0)
-    sin = tl.load(table + half, mask=inside, other=0.0)
-    first = tl.load(x, mask=inside, other=0.0)
-    second = tl.load(x + 1, mask=inside, other=0.0)
+def _turn(x, out, table, present, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Turn the pairs of neighbours from pointers `x` [ROWS, 1] on, to `out`; `table`: their cosines, then sines."""
+    features, pairs = tl.arange(0, 2 * HALF_BLOCK)[None, :], tl.arange(0, HALF_BLOCK)[None, :]
+    inside = present & (features < 2 * HALF)
+    cos = tl.load(table + pairs, mask=present & (pairs < HALF), other=0.0)
+    sin = tl.load(table + HALF + pairs, mask=present & (pairs < HALF), other=0.0)
+    old = tl.load(x + features, mask=inside, other=0.0)
+    first, second = tl.split(tl.reshape(old, (ROWS, HALF_BLOCK, 2)))
     a, b = first.to(tl.float32), second.to(tl.float32)
-    tl.store(out, (a * cos - b * sin).to(first.dtype), mask=inside)
-    tl.store(out + 1, (b * cos + a * sin).to(first.dtype), mask=inside)
+    turned = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (ROWS, 2 * HALF_BLOCK))
+    tl.store(out + features, turned.to(old.dtype), mask=inside)
 
 
 @triton.jit
 def _store_row(
     row,
-    row_out,
     cell,
     table,
     weight_ptr,
@@ -43,11 +45,12 @@ def _store_row(
     HALF: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     IN_PLACE: tl.constexpr,
 ):
-    """Normalise and turn the rows of some tokens, into the cache, and into their own place if IN_PLACE.
+    """Normalise and turn the rows of some tokens, into the cache, and in their own place if IN_PLACE.
 
-    row, row_out, cell, table: [tokens, 1] pointers to a token's row, the same, its cell, its angles.
+    row, cell, table: [ROWS, 1] pointers to a token's row, its cell, its angles.
     """
     features = tl.arange(0, RANK_BLOCK)[None, :]
     known = features < RANK
@@ -58,12 +61,10 @@ def _store_row(
     weight = tl.load(weight_ptr + features, mask=known, other=0.0)
     x = (weight.to(tl.float32) * (wide * factor).to(weight.dtype).to(tl.float32)).to(x.dtype)
     tl.store(cell + features, x, mask=inside)
-    pairs = tl.arange(0, HALF_BLOCK)[None, :]
-    inside_pairs = present & (pairs < HALF)
-    _turn(row + RANK + 2 * pairs, cell + RANK + 2 * pairs, table + pairs, HALF, inside_pairs)
+    _turn(row + RANK, cell + RANK, table, present, HALF, HALF_BLOCK, ROWS)
     if IN_PLACE:
-        tl.store(row_out + features, x, mask=inside)
-        _turn(row + RANK + 2 * pairs, row_out + RANK + 2 * pairs, table + pairs, HALF, inside_pairs)
+        tl.store(row + features, x, mask=inside)
+        _turn(row + RANK, row + RANK, table, present, HALF, HALF_BLOCK, ROWS)
 
 
 # Views of a step's tokens begin at any of them: specialised on alignment, kernels would be compiled twice.
@@ -103,13 +104,13 @@ def _store_kernel(
         row = row_ptr + token * row_stride + one
         cell = pages_ptr + tl.load(rows_ptr + token) * (RANK + 2 * HALF) + one
         _store_row(
-            row, row, cell, table + one, weight_ptr, one == 0, eps, RANK, HALF, RANK_BLOCK, HALF_BLOCK, IN_PLACE=True
-        )
+            row, cell, table + one, weight_ptr, one == 0, eps,
+            RANK, HALF, RANK_BLOCK, HALF_BLOCK, ROWS=1, IN_PLACE=True,
+        )  # fmt: skip
     else:
         heads = ((part - 1) * HEADS + tl.arange(0, HEADS))[:, None]
-        pairs = tl.arange(0, HALF_BLOCK)[None, :]
-        x = q_ptr + token * q_stride + heads * q_head_stride + NOPE_DIM + 2 * pairs
-        _turn(x, x, table + pairs + 0 * heads, HALF, (heads < NUM_HEADS) & (pairs < HALF))
+        x = q_ptr + token * q_stride + heads * q_head_stride + NOPE_DIM
+        _turn(x, x, table + 0 * heads, heads < NUM_HEADS, HALF, HALF_BLOCK, HEADS)
 
 
 @triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
@@ -162,14 +163,16 @@ def _absorb_kernel(
         absorbed = tl.dot(x, weights, input_precision="ieee")
         tl.store(out + features, absorbed.to(x.dtype), mask=present & (features < RANK))
         if part == 0:
-            pairs = tl.arange(0, HALF_BLOCK)[None, :]
             table = table_ptr + tl.load(positions_ptr + tokens, mask=present, other=0) * (2 * HALF)
-            _turn(q + NOPE_DIM + 2 * pairs, out + RANK + 2 * pairs, table + pairs, HALF, present & (pairs < HALF))
+            _turn(q + NOPE_DIM, out + RANK, table, present, HALF, HALF_BLOCK, BLOCK_TOKENS)
     elif part == 0:
         row = row_ptr + tokens * row_stride
         cell = pages_ptr + tl.load(rows_ptr + tokens, mask=present, other=0) * ROW
         table = table_ptr + tl.load(positions_ptr + tokens, mask=present, other=0) * (2 * HALF)
-        _store_row(row, row, cell, table, weight_ptr, present, eps, RANK, HALF, RANK_BLOCK, HALF_BLOCK, IN_PLACE=False)
+        _store_row(
+            row, cell, table, weight_ptr, present, eps,
+            RANK, HALF, RANK_BLOCK, HALF_BLOCK, BLOCK_TOKENS, IN_PLACE=False,
+        )  # fmt: skip
 
 
 class TritonRows:
@@ -217,7 +220,8 @@ class TritonRows:
         num_tokens, num_heads, width = q.shape
         half, rank = rotation.table.shape[1] // 2, len(norm.weight)
         out = q.new_empty(num_tokens, num_heads, rank + 2 * half)
-        grid = num_heads + 1, triton.cdiv(rank, _BLOCK_FEATURES), triton.cdiv(num_tokens, _BLOCK_TOKENS)
+        block_tokens, block = _SMALL_BLOCKS if num_tokens <= _FEW_TOKENS else _LARGE_BLOCKS
+        grid = num_heads + 1, triton.cdiv(rank, block), triton.cdiv(num_tokens, block_tokens)
         _absorb_kernel[grid](
             q,
             row,
@@ -241,8 +245,8 @@ class TritonRows:
             NOPE_BLOCK=max(16, triton.next_power_of_2(width - 2 * half)),
             RANK_BLOCK=triton.next_power_of_2(rank),
             HALF_BLOCK=triton.next_power_of_2(half),
-            BLOCK=_BLOCK_FEATURES,
-            BLOCK_TOKENS=_BLOCK_TOKENS,
+            BLOCK=block,
+            BLOCK_TOKENS=block_tokens,
             **early_launch(q.device),
         )
         return out
