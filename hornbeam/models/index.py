@@ -45,6 +45,10 @@ ARCHITECTURES: dict[str, str] = {
     "gguf:granite": "llama",
     "gguf:olmo2": "llama",
     "gguf:internlm2": "llama",
+    "gguf:gpt-oss+experts": "gpt_oss",
+    "gguf:llama+experts": "mixtral",
+    "gguf:qwen2moe+experts": "qwen_moe",
+    "gguf:qwen3moe+experts": "qwen_moe",
 }
 FAMILIES: Registry[None, ModelFamily] = Registry(
     "models",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hornbeam.core.errors import ConfigError
+from hornbeam.quant import mxfp4
 
 _Q8_0_BYTES = 34
 _IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -67,6 +68,13 @@ def _iq4_nl(raw: Tensor) -> Tensor:
     blocks = raw.view(-1, 18)
     values = torch.tensor(_IQ4_NL_VALUES, dtype=torch.float32)[_fields(blocks[:, 2:], 16, 4).int()]
     return values.mul_(_floats(blocks[:, :2], torch.float16))
+
+
+def _mxfp4(raw: Tensor) -> Tensor:
+    """Exponent, 16 bytes with two elements' four-bit floats."""
+    blocks = raw.view(-1, 17)
+    values = torch.tensor(mxfp4.VALUES)[_fields(blocks[:, 1:], 16, 4).int()]
+    return torch.ldexp(values, blocks[:, :1].int() - mxfp4.BIAS)
 
 
 def _fields(packed: Tensor, run: int, bits: int) -> Tensor:
@@ -145,4 +153,5 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
+    "MXFP4": _mxfp4,
 }

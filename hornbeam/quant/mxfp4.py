@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))  # by nibble: the highest bit is the sign
-_BIAS = 127  # of the exponents
+VALUES = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))  # by nibble: the highest bit is the sign
+BIAS = 127  # of the exponents
 
 
 def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -17,11 +17,11 @@ def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
     Both uint8. One expert at a time is decoded, so that little memory is needed besides the result's.
     """
     num_experts, num_rows, num_groups, _ = blocks.shape
-    values = torch.tensor(_VALUES)
+    values = torch.tensor(VALUES)
     out = torch.empty((num_experts, num_rows, num_groups * 32), dtype=torch.bfloat16)
     for expert in range(num_experts):
         packed = blocks[expert]
         nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
-        exponents = scales[expert].int() - _BIAS
+        exponents = scales[expert].int() - BIAS
         out[expert] = torch.ldexp(values[nibbles.int()], exponents[:, :, None]).flatten(1)
     return out

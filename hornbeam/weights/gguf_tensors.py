@@ -4,6 +4,7 @@ The translation is the same for every architecture; what it does not know keeps 
 can name it.
 """
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ _CONFIG_KEYS = {
     "rope.dimension_count": "rotary_dim",
     "expert_count": "num_local_experts",
     "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 _TENSOR_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_TENSOR_NAMES = {
@@ -55,11 +58,17 @@ _LAYER_TENSOR_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 _BETWEEN_NORMS = {"blk.0.ffn_norm.weight", "blk.0.post_attention_norm.weight"}  # the former is usually the latter
 _ROPE_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 _SINGLE_FACTORS = "rope_freqs.weight"  # the same for contexts of any length
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<what>\w+)\.(?P<kind>weight|bias)")
+_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.(weight|bias)")  # those of all experts in one tensor
 _DTYPES = {"F32": "float32", "F16": "float16"}  # of blocks, whose numbers had the range of bfloat16: that
 
 
@@ -88,7 +97,23 @@ class GgufTensors:
         factors = (_SINGLE_FACTORS, *_ROPE_FACTORS.values())  # told by the config
         tensors = {name: tensor for name, tensor in self.file.tensors.items() if name not in factors}
         between = tensors.keys() >= _BETWEEN_NORMS
-        return {hugging_face_name(name, between_norms=between): tensor for name, tensor in tensors.items()}
+        named: dict[str, GgufTensor] = {}
+        for name, tensor in tensors.items():
+            if match := _EXPERTS.fullmatch(name):
+                layer, what, kind = match.groups()
+                places = f"model.layers.{layer}.mlp.experts.{{}}.{what}_proj.{kind}"
+                named |= {places.format(expert): part for expert, part in enumerate(_unstacked(tensor))}
+            elif "_inp_shexp." in name:  # a matrix of one row
+                named[hugging_face_name(name)] = dataclasses.replace(tensor, shape=(1, tensor.shape[-1]))
+            else:
+                named[hugging_face_name(name, between_norms=between)] = tensor
+        return named
+
+
+def _unstacked(tensor: GgufTensor) -> list[GgufTensor]:
+    """Its parts along the first dimension."""
+    parts = tensor.data.reshape(tensor.shape[0], -1)
+    return [dataclasses.replace(tensor, shape=tensor.shape[1:], data=part) for part in parts]
 
 
 def hugging_face_name(name: str, *, between_norms: bool = False) -> str:
@@ -102,13 +127,15 @@ def hugging_face_name(name: str, *, between_norms: bool = False) -> str:
     layer, what, kind = match.group("layer", "what", "kind")
     if layer is None:
         return f"{_TENSOR_NAMES.get(what, what)}.{kind}"
+    if what == "attn_sinks":
+        return f"model.layers.{layer}.self_attn.sinks"
     if between_norms and what == "ffn_norm":
         return f"model.layers.{layer}.pre_feedforward_layernorm.{kind}"
     return f"model.layers.{layer}.{_LAYER_TENSOR_NAMES[what]}.{kind}" if what in _LAYER_TENSOR_NAMES else name
 
 
 def hugging_face_config(file: GgufFile) -> dict[str, Any]:
-    """What config.json would say. The architecture is "gguf:" and GGUF's own name for it.
+    """What config.json would say. The architecture is "gguf:", GGUF's own name for it, and "+experts" if there are.
 
     Raises:
         ConfigError: no architecture or no embedding.
@@ -129,7 +156,9 @@ def hugging_face_config(file: GgufFile) -> dict[str, Any]:
         slides = config.pop("sliding_window_pattern")
         config["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
     config |= {
-        "architectures": [f"gguf:{architecture}"],
+        "architectures": [
+            f"gguf:{architecture}" + ("+experts" if metadata.get(f"{architecture}.expert_count") else "")
+        ],
         "model_type": architecture,
         "vocab_size": embedding.shape[0],
         "dtype": _DTYPES.get(embedding.type_name, "bfloat16"),

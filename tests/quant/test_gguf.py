@@ -20,7 +20,7 @@ FLOAT16_BYTES = {
 }
 
 
-@pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
 def test_equals_the_gguf_package(type_name: str) -> None:
     values = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
     quant_type = gguf.GGMLQuantizationType[type_name]

@@ -1,7 +1,7 @@
 """What GPT-OSS is, as data: how configs are read, what is cached, how weights are named. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hornbeam.core.cache_spec import CacheSpec
@@ -9,11 +9,13 @@ from hornbeam.core.config_reader import ConfigReader
 from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import MixtureShape, Placement
 from hornbeam.core.windows import parse_windows
-from hornbeam.layers.decoder_config import DecoderConfig, decoder_weights, read_decoder
+from hornbeam.layers.decoder_config import DecoderConfig, decoder_weights, expert_weights, read_decoder
 
 if TYPE_CHECKING:
     from hornbeam.layers.context import BuildContext
     from hornbeam.models.gpt_oss.model import GptOssModel
+
+_KINDS = ("weight", "bias")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +33,7 @@ class GptOssFamily:
 
     def parse(self, hf_config: Mapping[str, Any]) -> GptOssConfig:
         """Read a Hugging Face config. Raises ConfigError for what is missing, malformed or not implemented."""
-        read = ConfigReader(hf_config)
+        read = ConfigReader(_with_scaling(hf_config))
         read.only("hidden_act", "silu")
         read.section("quantization_config").only("quant_method", "mxfp4")
         shared = read_decoder(read)
@@ -71,24 +73,46 @@ class GptOssFamily:
         return GptOssModel(config, context)
 
     def weight_map(self, config: GptOssConfig) -> Mapping[str, Placement]:
-        """Every tensor of a checkpoint of `config`, and its place. Outputs of gate and up alternate there."""
+        """Every tensor of a checkpoint of `config`, and its place."""
         places = decoder_weights(config)
+        gguf = config.architecture.startswith("gguf:")
         for layer in range(config.num_layers):
-            theirs, ours = f"model.layers.{layer}.mlp", f"layers.{layer}.mlp"
-            for kind in ("weight", "bias"):
-                places[f"{theirs}.router.{kind}"] = Placement(parameter=f"{ours}.gate.{kind}")
-            gate_up, down = f"{ours}.experts.gate_up", f"{ours}.experts.down"
-            places |= {
-                f"{theirs}.experts.gate_up_proj": Placement(
-                    parameter=f"{gate_up}.weight", part=None, transform="transpose_pairs"
-                ),
-                f"{theirs}.experts.gate_up_proj_bias": Placement(
-                    parameter=f"{gate_up}.bias", part=None, transform="pairs"
-                ),
-                f"{theirs}.experts.down_proj": Placement(parameter=f"{down}.weight", transform="transpose"),
-                f"{theirs}.experts.down_proj_bias": Placement(parameter=f"{down}.bias"),
-            }
+            theirs, ours = f"model.layers.{layer}", f"layers.{layer}.mlp"
+            places |= _gguf_mixture(theirs, ours, config) if gguf else _mixture(theirs, ours)
         return places
+
+
+def _with_scaling(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """GGUF does not tell that the bounds of YaRN's ramp are not rounded here."""
+    if not str(hf_config["architectures"][0]).startswith("gguf:") or "rope_scaling" not in hf_config:
+        return hf_config
+    return {**hf_config, "rope_scaling": {**hf_config["rope_scaling"], "truncate": False}}
+
+
+def _mixture(theirs: str, ours: str) -> dict[str, Placement]:
+    """Outputs of gate and up alternate."""
+    gate_up, down = f"{ours}.experts.gate_up", f"{ours}.experts.down"
+    router = {f"{theirs}.mlp.router.{kind}": Placement(parameter=f"{ours}.gate.{kind}") for kind in _KINDS}
+    return router | {
+        f"{theirs}.mlp.experts.gate_up_proj": Placement(
+            parameter=f"{gate_up}.weight", part=None, transform="transpose_pairs"
+        ),
+        f"{theirs}.mlp.experts.gate_up_proj_bias": Placement(parameter=f"{gate_up}.bias", part=None, transform="pairs"),
+        f"{theirs}.mlp.experts.down_proj": Placement(parameter=f"{down}.weight", transform="transpose"),
+        f"{theirs}.mlp.experts.down_proj_bias": Placement(parameter=f"{down}.bias"),
+    }
+
+
+def _gguf_mixture(theirs: str, ours: str, config: GptOssConfig) -> dict[str, Placement]:
+    """Experts one by one; sinks are named like a weight."""
+    assert config.mixture is not None
+    places = expert_weights(f"{theirs}.mlp.experts", f"{ours}.experts", config.mixture.num_experts)
+    biases = {
+        name.replace("weight", "bias"): replace(place, parameter=place.parameter.replace("weight", "bias"))
+        for name, place in places.items()
+    }
+    router = {f"{theirs}.mlp.gate.{kind}": Placement(parameter=f"{ours}.gate.{kind}") for kind in _KINDS}
+    return places | biases | router
 
 
 FAMILY = GptOssFamily()

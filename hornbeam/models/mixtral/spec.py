@@ -1,6 +1,7 @@
 """What Mixtral is, as data: how configs are read, what is cached. Imports no torch."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hornbeam.core.cache_spec import CacheSpec
@@ -14,6 +15,8 @@ from hornbeam.layers.decoder_config import DecoderConfig, decoder_weights, exper
 if TYPE_CHECKING:
     from hornbeam.layers.context import BuildContext
     from hornbeam.models.mixtral.model import MixtralModel
+
+_NAMES = ("w1", "w3", "w2")  # of gate, up and down
 
 
 class MixtralFamily:
@@ -59,11 +62,17 @@ class MixtralFamily:
         """Every tensor of a checkpoint of `config`, and its place."""
         assert config.mixture is not None
         places = decoder_weights(config)
+        gguf = config.architecture.startswith("gguf:")
         for layer in range(config.num_layers):
-            theirs, ours = f"model.layers.{layer}.block_sparse_moe", f"layers.{layer}.mlp"
-            places[f"{theirs}.gate.weight"] = Placement(parameter=f"{ours}.gate.weight")
-            names = ("w1", "w3", "w2")
-            places |= expert_weights(f"{theirs}.experts", f"{ours}.experts", config.mixture.num_experts, names)
+            theirs, ours = f"model.layers.{layer}", f"layers.{layer}.mlp"
+            mixture, names = ("mlp", ("gate_proj", "up_proj", "down_proj")) if gguf else ("block_sparse_moe", _NAMES)
+            places[f"{theirs}.{mixture}.gate.weight"] = Placement(parameter=f"{ours}.gate.weight")
+            num_experts = config.mixture.num_experts
+            places |= expert_weights(f"{theirs}.{mixture}.experts", f"{ours}.experts", num_experts, names)
+            heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if gguf else {}
+            for projection, num_heads in heads.items():
+                name = f"{theirs}.self_attn.{projection}.weight"
+                places[name] = replace(places[name], transform="unpermute_heads", heads=num_heads)
         return places
 
 

@@ -25,11 +25,14 @@ class Row:
     qkv_bias: bool | None  # where the config has no qkv_bias; None: as its attention_bias says, the output's too
     qk_norm: Literal["none", "head"]
     shared_expert: bool
+    renormalize: bool = False  # where the config has no norm_topk_prob
 
 
 ROWS: dict[str, Row] = {
     "Qwen2MoeForCausalLM": Row(qkv_bias=True, qk_norm="none", shared_expert=True),
     "Qwen3MoeForCausalLM": Row(qkv_bias=None, qk_norm="head", shared_expert=False),
+    "gguf:qwen2moe+experts": Row(qkv_bias=True, qk_norm="none", shared_expert=True),
+    "gguf:qwen3moe+experts": Row(qkv_bias=None, qk_norm="head", shared_expert=False, renormalize=True),
 }
 
 
@@ -77,7 +80,7 @@ class QwenMoeFamily:
             qk_norm=row.qk_norm,
             intermediate_size=read.size("intermediate_size"),
             sparse_layers=_sparse_layers(read, num_layers),
-            renormalize=read.switch("norm_topk_prob"),
+            renormalize=read.switch("norm_topk_prob", row.renormalize),
             shared_size=read.size("shared_expert_intermediate_size") if row.shared_expert else None,
         )
 
