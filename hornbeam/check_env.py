@@ -80,7 +80,7 @@ def _backends() -> Iterator[str]:
     from hornbeam.core.errors import ConfigError
     from hornbeam.ops.activation.contract import ACTIVATION
     from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION
-    from hornbeam.ops.linear.contract import LINEAR
+    from hornbeam.ops.linear.contract import FP8_LINEAR, LINEAR
     from hornbeam.ops.norm.contract import NORM
     from hornbeam.ops.probes import Probes
     from hornbeam.ops.qkv.contract import QKV
@@ -100,6 +100,7 @@ def _backends() -> Iterator[str]:
         (DECODE_ATTENTION, probes.attention),
         (PREFILL_ATTENTION, probes.attention),
         (LINEAR, probes.linear),
+        (FP8_LINEAR, probes.fp8_linear),
         (NORM, probes.norm),
         (QKV, probes.qkv),
         (SAMPLE, probes.sample),

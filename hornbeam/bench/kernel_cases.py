@@ -25,7 +25,8 @@ from hornbeam.ops.attention.contract import (
     Rows,
 )
 from hornbeam.ops.attention.reference import ReferenceAttention
-from hornbeam.ops.linear.contract import LINEAR, InputNorm, LinearProduct
+from hornbeam.ops.linear.contract import FP8_LINEAR, LINEAR, Fp8Product, Fp8Weight, InputNorm, LinearProduct
+from hornbeam.ops.linear.fp8_reference import ReferenceFp8, round_weight
 from hornbeam.ops.linear.reference import ReferenceLinear
 from hornbeam.ops.norm.contract import NORM, Norm
 from hornbeam.ops.norm.reference import ReferenceNorm
@@ -84,18 +85,37 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _linear(
-    backend: LinearProduct, shape: ModelShape, num_rows: int, device: torch.device, dtype: torch.dtype
-) -> Iterator[Case]:
+def _products(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of each."""
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    sizes = {
+    return {
         "qkv": (heads, shape.hidden_size),
         "output": (shape.hidden_size, shape.num_heads * shape.head_dim),
         "gate_up": (2 * shape.intermediate_size, shape.hidden_size),
         "down": (shape.hidden_size, shape.intermediate_size),
-        "head": (shape.vocab_size, shape.hidden_size),
     }
-    for name, (num_out, num_in) in sizes.items():
+
+
+def _fp8_linear(
+    backend: Fp8Product, shape: ModelShape, num_rows: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Case]:
+    for name, (num_out, num_in) in _products(shape).items():
+        values, scales = round_weight(torch.randn(num_out, num_in, device=device), power_of_two=False)
+        weight = Fp8Weight(values=values, scales=scales * num_in**-0.5, power_of_two=False)
+        x = torch.randn(num_rows, num_in, device=device).to(dtype)
+        yield Case(
+            shape=f"{name} {num_rows}x{num_in}->{num_out}",
+            run=partial(backend.linear, x, weight, None),
+            expected=partial(ReferenceFp8().linear, x, weight, None),
+            num_bytes=_bytes(values, scales, x) + num_rows * num_out * dtype.itemsize,
+            num_flops=2 * num_rows * num_out * num_in,
+        )
+
+
+def _linear(
+    backend: LinearProduct, shape: ModelShape, num_rows: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Case]:
+    for name, (num_out, num_in) in (_products(shape) | {"head": (shape.vocab_size, shape.hidden_size)}).items():
         weight = (torch.randn(num_out, num_in, device=device) * num_in**-0.5).to(dtype)
         x = torch.randn(num_rows, num_in, device=device).to(dtype)
         num_bytes, num_flops = _bytes(weight, x) + num_rows * num_out * dtype.itemsize, 2 * num_rows * num_out * num_in
@@ -279,6 +299,7 @@ def _prefill_attention(
 
 CASES: Mapping[str, tuple[Registry[OpQuery, Any], MakeCases]] = {
     "linear": (LINEAR, _linear),
+    "fp8_linear": (FP8_LINEAR, _fp8_linear),
     "norm": (NORM, _norm),
     "activation": (ACTIVATION, _activation),
     "qkv": (QKV, _qkv),

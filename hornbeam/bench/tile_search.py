@@ -5,17 +5,18 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 
 import torch
 from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
+from hornbeam.ops.linear.contract import SCALE_BLOCK
 from hornbeam.ops.moe.contract import ExpertsShape
 from hornbeam.ops.moe.tiles import Tile, Tiles
 from hornbeam.ops.moe.triton import StackedWeights, multiply_pairs
 from hornbeam.ops.moe.triton_order import Order, order_by_expert
+from hornbeam.weights.fp8 import draw_values, scales_shape
 
 _BLOCK_ROWS = (16, 32, 64, 128)
 _DRAWS = 4  # choices of experts that are timed together, so that weights do not come from the device's cache
@@ -41,10 +42,9 @@ class TileSearch:
     """Random experts of a shape, and times of their products."""
 
     def __init__(self, shape: ExpertsShape) -> None:
-        draw = partial(torch.randn, dtype=shape.dtype, device=shape.device)
         self._shape = shape
-        self._gate_up = StackedWeights(draw(shape.num_experts, 2 * shape.intermediate_size, shape.hidden_size))
-        self._down = StackedWeights(draw(shape.num_experts, shape.hidden_size, shape.intermediate_size))
+        self._gate_up = _draw(shape, 2 * shape.intermediate_size, shape.hidden_size)
+        self._down = _draw(shape, shape.hidden_size, shape.intermediate_size)
 
     def compile(self) -> None:
         """Compile all candidates, several at a time, since that takes longer than to run them."""
@@ -96,13 +96,27 @@ class TileSearch:
 
     def _candidates(self, block_m: int) -> tuple[list[Tile], list[Tile]]:
         """Of gate and up, of down."""
-        itemsize = self._shape.dtype.itemsize
+        itemsize = self._shape.weight_dtype.itemsize
         return candidates(block_m, 2, itemsize), candidates(block_m, 1, itemsize)
 
 
+def _draw(shape: ExpertsShape, *sizes: int) -> StackedWeights:
+    """Random weights of all experts."""
+    if shape.fp8 is None:
+        return StackedWeights(torch.randn(shape.num_experts, *sizes, dtype=shape.dtype, device=shape.device))
+    values = torch.empty(shape.num_experts, *sizes, dtype=shape.weight_dtype, device=shape.device)
+    draw_values(values, torch.Generator(shape.device))
+    return StackedWeights(values, None, torch.ones(scales_shape(values.shape), device=shape.device), shape.fp8)
+
+
 def candidates(block_m: int, parts: int, itemsize: int) -> list[Tile]:
-    """Tiles worth a try for blocks of `block_m` rows, of a product with `parts` outputs per column."""
-    if block_m < 64:
+    """Tiles worth a try for blocks of `block_m` rows, of a product with `parts` outputs per column.
+
+    Those of eight-bit weights lie within the blocks of their scales.
+    """
+    if itemsize == 1:
+        settings = product((32, 64, 128), (SCALE_BLOCK,), (4, 8), (3, 4, 5), (1, 16), (False, True))
+    elif block_m < 64:
         settings = product((32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5), (1, 16), (False, True))
     else:
         settings = product((64, 128, 256), (64, 128), (4, 8), (3, 4), (1, 16), (False, True))

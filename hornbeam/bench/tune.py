@@ -52,6 +52,7 @@ def tune_moe(model_path: Path, dtype: torch.dtype, folder: Path) -> Path:
         hidden_size=config.hidden_size,
         intermediate_size=config.mixture.intermediate_size,
         unit=GatedUnit(),
+        fp8=config.fp8,
         dtype=dtype,
         device=torch.device("cuda"),
     )
@@ -61,7 +62,7 @@ def tune_moe(model_path: Path, dtype: torch.dtype, folder: Path) -> Path:
         hidden_size=shape.hidden_size,
         top_k=shape.top_k,
         device=torch.cuda.get_device_name(),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(shape.weight_dtype).removeprefix("torch."),
     )
     from hornbeam.bench.tile_search import TileSearch
 

@@ -12,7 +12,7 @@ from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
 from hornbeam.ops.kernels import choose_kernels
-from hornbeam.ops.linear.contract import LINEAR
+from hornbeam.ops.linear.contract import FP8_LINEAR, LINEAR
 from hornbeam.ops.mla.contract import LATENT_ATTENTION, LATENT_ROWS, SINGLE_LATENT_ATTENTION
 from hornbeam.ops.moe.contract import EXPERTS, ROUTING
 from hornbeam.ops.norm.contract import NORM
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.cpu
 
 ATTENTION = (DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION)
 LATENT = (LATENT_ATTENTION, SINGLE_LATENT_ATTENTION, LATENT_ROWS)
-REGISTRIES = (ACTIVATION, *ATTENTION, EXPERTS, *LATENT, LINEAR, NORM, QKV, ROUTING, SAMPLE)
+REGISTRIES = (ACTIVATION, *ATTENTION, EXPERTS, *LATENT, FP8_LINEAR, LINEAR, NORM, QKV, ROUTING, SAMPLE)
 QUERY = OpQuery(
     device="cpu",
     dtype="float32",

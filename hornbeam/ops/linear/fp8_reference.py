@@ -86,7 +86,7 @@ def _groups(x: Tensor) -> Tensor:
 
 
 def _scales(largest: Tensor, power_of_two: bool) -> Tensor:
-    scales = largest.clamp(min=_SMALLEST_RANGE) / LARGEST
+    scales = largest.clamp(min=_SMALLEST_RANGE) / torch.full_like(largest, LARGEST)  # exact on every device
     if not power_of_two:
         return scales
     # Adding just less than the unit of the exponent carries into it, unless the mantissa is zero.

@@ -13,6 +13,7 @@ from hornbeam.ops.launch import early_launch
 from hornbeam.ops.linear.contract import SCALE_BLOCK, InputNorm
 
 _GROUPS = 8  # that a program rounds
+_ROWS_MULTIPLE = 4
 
 
 @triton.jit
@@ -25,13 +26,13 @@ def scales_of(largest, POWER_OF_TWO: tl.constexpr):
 
 
 @triton.jit
-def _store_rounded(x, out_ptr, scales_ptr, row, groups, num_rows, SIZE: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+def _store_rounded(x, out_ptr, scales_ptr, row, groups, scale_stride, SIZE: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """Groups [G, 128] of a row, float32."""
     scales = scales_of(tl.max(tl.abs(x), 1), POWER_OF_TWO)
     x = tl.clamp(x * tl.div_rn(1.0, scales)[:, None], -448.0, 448.0)
     features = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
     tl.store(out_ptr + row * SIZE + features, x.to(tl.float8e4nv), mask=features < SIZE)
-    tl.store(scales_ptr + groups.to(tl.int64) * num_rows + row, scales, mask=groups * 128 < SIZE)
+    tl.store(scales_ptr + groups.to(tl.int64) * scale_stride + row, scales, mask=groups * 128 < SIZE)
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def _round_kernel(
     out_ptr,
     scales_ptr,
     x_stride,
-    num_rows,
+    scale_stride,
     SIZE: tl.constexpr,
     GATED: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -53,8 +54,8 @@ def _round_kernel(
     features = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = features < SIZE
     if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # a product, which then fetches its first weights
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + row * x_stride + features, mask=inside, other=0.0)
     wide = x.to(tl.float32)
     if GATED:
@@ -62,7 +63,7 @@ def _round_kernel(
         small = tl.exp(-tl.abs(wide))  # of what is negative: it never overflows
         active = (wide * tl.where(wide >= 0, 1.0, small) / (1.0 + small)).to(x.dtype)
         wide = (active.to(tl.float32) * up.to(tl.float32)).to(x.dtype).to(tl.float32)
-    _store_rounded(wide, out_ptr, scales_ptr, row, groups, num_rows, SIZE, POWER_OF_TWO)
+    _store_rounded(wide, out_ptr, scales_ptr, row, groups, scale_stride, SIZE, POWER_OF_TWO)
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def _round_normed_kernel(
     out_ptr,
     scales_ptr,
     x_stride,
-    num_rows,
+    scale_stride,
     eps,
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -89,8 +90,8 @@ def _round_normed_kernel(
     inside = features < SIZE
     weight = tl.load(weight_ptr + features, mask=inside, other=0.0)
     if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()  # a product, which then fetches its first weights
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + row * x_stride + features, mask=inside, other=0.0)
     dtype = x.dtype
     if ADD:
@@ -100,11 +101,14 @@ def _round_normed_kernel(
     wide = x.to(tl.float32)
     wide *= tl.rsqrt(tl.sum(tl.sum(wide * wide, 1), 0) / SIZE + eps)
     wide = (weight.to(tl.float32) * wide.to(weight.dtype).to(tl.float32)).to(dtype).to(tl.float32)
-    _store_rounded(wide, out_ptr, scales_ptr, row, groups, num_rows, SIZE, POWER_OF_TWO)
+    _store_rounded(wide, out_ptr, scales_ptr, row, groups, scale_stride, SIZE, POWER_OF_TWO)
 
 
 def round_rows(x: Tensor, *, power_of_two: bool, gated: bool = False) -> tuple[Tensor, Tensor]:
-    """[T, K] -> [T, K] float8_e4m3fn and scales [T, ceil(K / 128)] float32; gated: of silu(x[:, :K]) * x[:, K:]."""
+    """[T, K] -> [R, K] float8_e4m3fn and scales [R, ceil(K / 128)] float32; gated: of silu(x[:, :K]) * x[:, K:].
+
+    R is T rounded up to a multiple of 4, which the library asks for; what is behind the last row is not written.
+    """
     num_rows, size = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     assert x.stride(1) == 1, "features must be adjacent"
     out, scales = _empty_rounded(x, num_rows, size)
@@ -114,7 +118,7 @@ def round_rows(x: Tensor, *, power_of_two: bool, gated: bool = False) -> tuple[T
         out,
         scales,
         x.stride(0),
-        num_rows,
+        scales.stride(1),
         SIZE=size,
         GATED=gated,
         GROUPS=groups,
@@ -142,7 +146,7 @@ def round_normed(
         out,
         scales,
         x.stride(0),
-        num_rows,
+        scales.stride(1),
         norm.eps,
         SIZE=size,
         GROUPS=groups,
@@ -155,6 +159,7 @@ def round_normed(
 
 
 def _empty_rounded(x: Tensor, num_rows: int, size: int) -> tuple[Tensor, Tensor]:
+    num_rows += -num_rows % _ROWS_MULTIPLE
     out = torch.empty((num_rows, size), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((-(-size // SCALE_BLOCK), num_rows), dtype=torch.float32, device=x.device)
     return out, scales.T

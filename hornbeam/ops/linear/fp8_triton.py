@@ -1,9 +1,11 @@
-"""Products of eight-bit floats: a kernel for one row, one for several, and the library's for many.
+"""Products of eight-bit floats: a kernel for few rows, the library's for many.
 
-For a single row each program rounds the whole input again, with the norm ahead of it: that is less work than another
-kernel would be. Its weights are widened on plain lanes. Several rows are rounded by a kernel of their own, and
-multiplied on matrix units, 128 features at a time, since then the scales change.
+Rows are rounded by kernels of their own, together with the norm or the gate ahead of the product. Then 128 features at
+a time are multiplied on matrix units, and scaled, since scales change from group to group.
 """
+
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -14,145 +16,25 @@ from hornbeam.ops.activation.triton import BACKEND as ACTIVATION
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import early_launch
 from hornbeam.ops.linear.contract import SCALE_BLOCK, Fp8Weight, InputNorm
-from hornbeam.ops.linear.fp8_rounding import round_normed, round_rows, scales_of
+from hornbeam.ops.linear.fp8_rounding import round_normed, round_rows
 from hornbeam.ops.query import OpQuery
 
-
-@triton.jit
-def _load_input(x_ptr, residual_ptr, features, SIZE: tl.constexpr, ADD: tl.constexpr):
-    """x + residual, rounded to their dtype."""
-    x = tl.load(x_ptr + features, mask=features < SIZE, other=0.0)
-    if ADD:
-        residual = tl.load(residual_ptr + features, mask=features < SIZE, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-    return x
+_LIBRARY_ROWS = 128  # from which on it is faster
+_PROGRAMS = 224  # that share a product of few rows
+_LEAST_GROUPS = 8  # of each
+_GROUPS_AHEAD = 4
+_MAX_SPLIT_TILES = _PROGRAMS // 2
 
 
 @triton.jit
-def _load_weights(pointers, valid, features, K: tl.constexpr, EVEN: tl.constexpr):
-    """A tile [BLOCK_N, G, 128]. Masks cost bandwidth, so there are none where the tiles divide the matrix."""
-    if EVEN:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=valid[:, None, None] & (features < K)[None, :, :], other=0.0)
+def _fetch(lines):
+    """Bring lines of 128 bytes from memory to the device's cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
-@triton.jit
-def _accumulate(
-    total,
-    up_total,
-    tile,
-    up_tile,
-    x_ptr,
-    residual_ptr,
-    sum_ptr,
-    norm_weight_ptr,
-    scales_ptr,
-    up_scales_ptr,
-    first_group,
-    groups,
-    factor,
-    K: tl.constexpr,
-    ADD: tl.constexpr,
-    NORM: tl.constexpr,
-    GATED: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-):
-    """Add one tile's products with x + residual, normalised and rounded. The first program keeps the sum for others."""
-    groups = first_group + groups
-    features = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
-    x = _load_input(x_ptr, residual_ptr, features, K, ADD)
-    if ADD and tl.program_id(0) == 0:
-        tl.store(sum_ptr + features, x, mask=features < K)
-    wide = x.to(tl.float32)
-    if NORM:
-        weight = tl.load(norm_weight_ptr + features, mask=features < K, other=0.0)
-        wide = weight.to(tl.float32) * (wide * factor).to(weight.dtype).to(tl.float32)
-        wide = wide.to(x.dtype).to(tl.float32)
-    scales = scales_of(tl.max(tl.abs(wide), 1), POWER_OF_TWO)
-    rounded = tl.clamp(wide * tl.div_rn(1.0, scales)[:, None], -448.0, 448.0).to(tl.float8e4nv).to(tl.float32)
-    inside = groups * 128 < K
-    both = scales * tl.load(scales_ptr + groups, mask=inside, other=0.0)
-    total += tile.to(tl.float32) * (rounded * both[:, None])[None, :, :]
-    if GATED:
-        both = scales * tl.load(up_scales_ptr + groups, mask=inside, other=0.0)
-        up_total += up_tile.to(tl.float32) * (rounded * both[:, None])[None, :, :]
-    return total, up_total
-
-
-@triton.jit
-def _row_kernel(
-    x_ptr,
-    residual_ptr,
-    norm_weight_ptr,
-    weight_ptr,
-    scales_ptr,
-    bias_ptr,
-    out_ptr,
-    sum_ptr,
-    eps,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ADD: tl.constexpr,
-    NORM: tl.constexpr,
-    GATED: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """BLOCK_N of N outputs, which share their scales. The first tile of weights does not wait for x."""
-    NUM_GROUPS: tl.constexpr = (K + 127) // 128
-    EVEN: tl.constexpr = N % BLOCK_N == 0 and K % (GROUPS * 128) == 0
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = columns < N
-    groups = tl.arange(0, GROUPS)
-    features = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
-    weights = weight_ptr + columns[:, None, None].to(tl.int64) * K + features[None, :, :]
-    up_weights = weights + N * K if GATED else weights
-    scales = scales_ptr + tl.program_id(0) * BLOCK_N // 128 * NUM_GROUPS
-    up_scales = scales + N // 128 * NUM_GROUPS
-    tile = _load_weights(weights, valid, features, K, EVEN)
-    up_tile = _load_weights(up_weights, valid, features, K, EVEN) if GATED else tile
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    factor = 1.0
-    if NORM:
-        squares = tl.zeros([GROUPS, 128], tl.float32)
-        for first in range(0, NUM_GROUPS, GROUPS):
-            x = _load_input(x_ptr, residual_ptr, first * 128 + features, K, ADD).to(tl.float32)
-            squares += x * x
-        factor = tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / K + eps)
-    total = tl.zeros([BLOCK_N, GROUPS, 128], tl.float32)
-    up_total = tl.zeros([BLOCK_N, GROUPS, 128], tl.float32)
-    total, up_total = _accumulate(
-        total, up_total, tile, up_tile, x_ptr, residual_ptr, sum_ptr, norm_weight_ptr,
-        scales, up_scales, 0, groups, factor, K, ADD, NORM, GATED, POWER_OF_TWO,
-    )  # fmt: skip
-    for first in range(GROUPS, NUM_GROUPS, GROUPS):
-        begin = first * 128
-        tile = _load_weights(weights + begin, valid, begin + features, K, EVEN)
-        up_tile = _load_weights(up_weights + begin, valid, begin + features, K, EVEN) if GATED else tile
-        total, up_total = _accumulate(
-            total, up_total, tile, up_tile, x_ptr, residual_ptr, sum_ptr, norm_weight_ptr,
-            scales, up_scales, first, groups, factor, K, ADD, NORM, GATED, POWER_OF_TWO,
-        )  # fmt: skip
-    out, up = tl.sum(tl.sum(total, 2), 1), tl.sum(tl.sum(up_total, 2), 1)
-    dtype = out_ptr.dtype.element_ty
-    if HAS_BIAS:
-        out += tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)
-        if GATED:
-            up += tl.load(bias_ptr + N + columns, mask=valid, other=0.0).to(tl.float32)
-    if GATED:
-        gate = out.to(dtype).to(tl.float32)
-        small = tl.exp(-tl.abs(gate))  # of what is negative: it never overflows
-        active = (gate * tl.where(gate >= 0, 1.0, small) / (1.0 + small)).to(dtype)
-        out = active.to(tl.float32) * up.to(dtype).to(tl.float32)
-    tl.store(out_ptr + columns, out.to(dtype), mask=valid)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _tile_kernel(
     x_ptr,
     x_scales_ptr,
@@ -160,19 +42,29 @@ def _tile_kernel(
     scales_ptr,
     bias_ptr,
     out_ptr,
+    parts_ptr,
+    counters_ptr,
     num_rows,
+    scale_stride,
     K: tl.constexpr,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    AHEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """BLOCK_N outputs, which share their scales, of ROWS rows, as W x^T. Programs of equal weights are neighbours."""
+    """BLOCK_N outputs, which share their scales, of ROWS rows, as W x^T. Programs of equal weights are neighbours.
+
+    SPLITS programs share the features; the last one to be done adds up what they found, always in the same order.
+    """
     NUM_GROUPS: tl.constexpr = (K + 127) // 128
+    PER_SPLIT: tl.constexpr = (NUM_GROUPS + SPLITS - 1) // SPLITS
     EVEN: tl.constexpr = N % BLOCK_N == 0 and K % 128 == 0
     num_blocks = tl.cdiv(num_rows, ROWS)
-    column_block, row_block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    column_block, row_block = tile // num_blocks, tile % num_blocks
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = columns < N
     features = tl.arange(0, 128)
@@ -181,36 +73,55 @@ def _tile_kernel(
     weights = weight_ptr + columns[:, None].to(tl.int64) * K + features[None, :]
     inputs = x_ptr + rows[None, :].to(tl.int64) * K + features[:, None]
     scales = scales_ptr + column_block * BLOCK_N // 128 * NUM_GROUPS
+    first = split * PER_SPLIT
+    end = tl.minimum(first + PER_SPLIT, NUM_GROUPS)
     if EARLY:
+        ahead = tl.minimum(first + tl.arange(0, AHEAD), NUM_GROUPS - 1)
+        lines = weight_ptr + tl.minimum(columns, N - 1)[:, None].to(tl.int64) * K + ahead[None, :] * 128
+        _fetch(lines)  # while the kernel ahead still runs
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    both = tl.load(x_scales_ptr + rows, mask=present, other=0.0) * tl.load(scales)
+    row_scales = tl.load(x_scales_ptr + first * scale_stride + rows, mask=present, other=0.0)
+    scale = tl.load(scales + first)
     total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    for group in range(NUM_GROUPS):
+    for group in range(first, end):
         if EVEN:
-            tile = tl.load(weights + group * 128)
+            weight = tl.load(weights + group * 128)
             x = tl.load(inputs + group * 128, mask=present[None, :], other=0.0)
         else:
             inside = group * 128 + features < K
-            tile = tl.load(weights + group * 128, mask=valid[:, None] & inside[None, :], other=0.0)
+            weight = tl.load(weights + group * 128, mask=valid[:, None] & inside[None, :], other=0.0)
             x = tl.load(inputs + group * 128, mask=present[None, :] & inside[:, None], other=0.0)
         # Scales are not buffered ahead as tiles are: those of the next group are fetched while this one is multiplied.
         following = tl.minimum(group + 1, NUM_GROUPS - 1)
-        next_rows = tl.load(x_scales_ptr + following * num_rows + rows, mask=present, other=0.0)
+        next_row_scales = tl.load(x_scales_ptr + following * scale_stride + rows, mask=present, other=0.0)
         next_scale = tl.load(scales + following)
-        total += tl.dot(tile, x) * both[None, :]
-        both = next_rows * next_scale
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)[:, None]
-    places = out_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
-    tl.store(places, tl.trans(total).to(out_ptr.dtype.element_ty), mask=present[:, None] & valid[None, :])
+        total += tl.dot(weight, x) * (row_scales * scale)[None, :]
+        row_scales, scale = next_row_scales, next_scale
+    last = True
+    if SPLITS > 1:
+        places = tl.arange(0, BLOCK_N)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        parts = parts_ptr + tile * (SPLITS * BLOCK_N * ROWS) + places
+        tl.store(parts + split * (BLOCK_N * ROWS), total)
+        tl.debug_barrier()  # all of the part is written before it is counted
+        last = tl.atomic_add(counters_ptr + tile, 1) == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            tl.store(counters_ptr + tile, 0)  # for the next product
+            total = tl.zeros([BLOCK_N, ROWS], tl.float32)
+            for part in range(SPLITS):
+                total += tl.load(parts + part * (BLOCK_N * ROWS), cache_modifier=".cg")
+        if HAS_BIAS:
+            total += tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)[:, None]
+        outputs = out_ptr + rows[:, None].to(tl.int64) * N + columns[None, :]
+        tl.store(outputs, tl.trans(total).to(out_ptr.dtype.element_ty), mask=present[:, None] & valid[None, :])
 
 
 class TritonFp8:
     """See `Fp8Product`."""
 
     fused_rows = 2**31 - 1
-    gated_rows = 1
+    gated_rows = 0
 
     def supports(self, query: OpQuery) -> str | None:
         """CUDA devices that multiply such numbers."""
@@ -220,14 +131,11 @@ class TritonFp8:
 
     def linear(self, x: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
         """See `Fp8Product`."""
-        if x.shape[0] == 1:
-            return _single_row(x, None, None, weight, bias, gated=False)[0]
-        return _rounded_product(round_rows(x, power_of_two=weight.power_of_two), weight, bias, x.dtype)
+        return _product(x, round_rows(x, power_of_two=weight.power_of_two), weight, bias)
 
     def gated(self, x: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
         """See `Fp8Product`."""
-        rounded = round_rows(x, power_of_two=weight.power_of_two, gated=True)
-        return _rounded_product(rounded, weight, bias, x.dtype)
+        return _product(x, round_rows(x, power_of_two=weight.power_of_two, gated=True), weight, bias)
 
     def normed(
         self,
@@ -240,96 +148,94 @@ class TritonFp8:
         gated: bool,
     ) -> tuple[Tensor, Tensor]:
         """See `Fp8Product`."""
-        if x.shape[0] == 1:
-            return _single_row(x, residual, norm, weight, bias, gated=gated)
         rounded, total = round_normed(x, residual, norm, power_of_two=weight.power_of_two)
-        out = _rounded_product(rounded, weight, bias, x.dtype)
+        out = _product(x, rounded, weight, bias)
         return ACTIVATION.silu_mul(out) if gated else out, total
 
 
-def _single_row(
-    x: Tensor, residual: Tensor | None, norm: InputNorm | None, weight: Fp8Weight, bias: Tensor | None, *, gated: bool
-) -> tuple[Tensor, Tensor]:
-    """See `Fp8Product.normed`."""
-    num_out, num_in = weight.values.shape
+def _product(x: Tensor, rounded: tuple[Tensor, Tensor], weight: Fp8Weight, bias: Tensor | None) -> Tensor:
+    """Of the rows of x, as `round_rows` leaves them."""
     assert weight.values.is_contiguous()
     assert weight.scales.is_contiguous()
-    assert x.shape[0] == x.stride(1) == 1
-    if gated:
-        num_out //= 2
-    out = torch.empty((1, num_out), dtype=x.dtype, device=x.device)
-    total = x if residual is None else torch.empty((1, num_in), dtype=x.dtype, device=x.device)
-    block_n, groups, num_warps = single_row_tile(num_in, num_out, gated=gated)
-    _row_kernel[(triton.cdiv(num_out, block_n),)](
-        x,
-        x if residual is None else residual,
-        x if norm is None else norm.weight,
-        weight.values,
-        weight.scales,
-        x if bias is None else bias,
-        out,
-        total,
-        0.0 if norm is None else norm.eps,
-        K=num_in,
-        N=num_out,
-        BLOCK_N=block_n,
-        GROUPS=groups,
-        HAS_BIAS=bias is not None,
-        ADD=residual is not None,
-        NORM=norm is not None,
-        GATED=gated,
-        POWER_OF_TWO=weight.power_of_two,
-        num_warps=num_warps,
-        **early_launch(x.device),
-    )
-    return out, total
-
-
-def _rounded_product(
-    rounded: tuple[Tensor, Tensor], weight: Fp8Weight, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Of rows as `round_rows` leaves them."""
+    if _library_serves(x, weight):
+        return _library_product(x, rounded, weight, bias)
+    num_rows, (num_out, num_in) = len(x), weight.values.shape
     values, scales = rounded
-    num_rows, (num_out, num_in) = len(values), weight.values.shape
-    assert weight.values.is_contiguous()
-    assert weight.scales.is_contiguous()
-    out = torch.empty((num_rows, num_out), dtype=dtype, device=values.device)
-    block_n, rows, num_warps, num_stages = several_rows_tile(num_rows, num_in, num_out)
-    _tile_kernel[(triton.cdiv(num_out, block_n) * triton.cdiv(num_rows, rows),)](
+    out = torch.empty((num_rows, num_out), dtype=x.dtype, device=x.device)
+    if not num_rows:
+        return out
+    tile = choose_tile(num_rows, num_in, num_out)
+    num_tiles = triton.cdiv(num_out, tile.block_n) * triton.cdiv(num_rows, tile.rows)
+    parts, counters = out, _counters(x.device)
+    if tile.splits > 1:
+        assert num_tiles <= len(counters)
+        parts = torch.empty(num_tiles * tile.splits * tile.block_n * tile.rows, device=x.device)
+    _tile_kernel[(num_tiles * tile.splits,)](
         values,
         scales,
         weight.values,
         weight.scales,
-        weight.scales if bias is None else bias,
+        bias,
         out,
+        parts,
+        counters,
         num_rows,
+        scales.stride(1),
         K=num_in,
         N=num_out,
-        BLOCK_N=block_n,
-        ROWS=rows,
+        BLOCK_N=tile.block_n,
+        ROWS=tile.rows,
+        SPLITS=tile.splits,
+        AHEAD=_GROUPS_AHEAD,
         HAS_BIAS=bias is not None,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        **early_launch(values.device),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **early_launch(x.device),
     )
     return out
 
 
-def single_row_tile(num_in: int, num_out: int, *, gated: bool) -> tuple[int, int, int]:
-    """Outputs and groups of inputs per program, and its warps."""
-    groups = min(32, triton.next_power_of_2(-(-num_in // SCALE_BLOCK)))
-    return 2 if gated else 4, groups, min(8, groups)
+@cache
+def _counters(device: torch.device) -> Tensor:
+    """Of the programs that are done, for each tile: zeros, which every product leaves behind."""
+    return torch.zeros(_MAX_SPLIT_TILES, dtype=torch.int32, device=device)
 
 
-def several_rows_tile(num_rows: int, num_in: int, num_out: int) -> tuple[int, int, int, int]:
-    """Outputs and rows per program, its warps and stages."""
-    if num_rows <= 16:
-        return 32, 16, 4, 8
-    if num_rows <= 32:
-        return 32, 32, 4, 8
-    if num_rows <= 64:
-        return 64, 64, 4, 5
-    return 128, 128, 8, 4
+def _library_serves(x: Tensor, weight: Fp8Weight) -> bool:
+    """Only Hopper's library has such products, of matrices that its loads divide."""
+    num_out, num_in = weight.values.shape
+    divides = num_out % 16 == 0 and num_in % (4 * SCALE_BLOCK) == 0
+    return len(x) >= _LIBRARY_ROWS and divides and x.dtype == torch.bfloat16 and _is_hopper(x.device)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _library_product(x: Tensor, rounded: tuple[Tensor, Tensor], weight: Fp8Weight, bias: Tensor | None) -> Tensor:
+    values, scales = rounded
+    out = torch._scaled_mm(values, weight.values.T, scale_a=scales, scale_b=weight.scales.T, out_dtype=x.dtype)
+    return out[: len(x)] if bias is None else out[: len(x)].add_(bias)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Tile:
+    """What a program computes, and how."""
+
+    block_n: int  # outputs; a divisor of 128
+    rows: int
+    splits: int  # programs that share the inputs
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+def choose_tile(num_rows: int, num_in: int, num_out: int) -> Fp8Tile:
+    """Few rows: enough programs to read weights from all of memory at once. By searches on an H200."""
+    rows = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
+    num_tiles = triton.cdiv(num_out, SCALE_BLOCK) * triton.cdiv(num_rows, rows)
+    most = num_in // SCALE_BLOCK // _LEAST_GROUPS
+    return Fp8Tile(block_n=128, rows=rows, splits=max(1, min(most, _PROGRAMS // num_tiles)))
 
 
 BACKEND = TritonFp8()

@@ -78,6 +78,11 @@ class ExpertsShape:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the weights; `dtype` is that of activations."""
+        return self.dtype if self.fp8 is None else torch.float8_e4m3fn
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertWeights:

@@ -31,7 +31,7 @@ _FEW_TOKENS = 4  # so many are taken pair by pair
 _SUM_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["num_pairs", "group_size", "num_inputs"])
+@triton.jit(do_not_specialize=["num_pairs", "group_size", "scale_stride"])
 def _product_kernel(
     x,
     x_scales_ptr,
@@ -44,7 +44,7 @@ def _product_kernel(
     num_rows_ptr,
     num_pairs,
     group_size,
-    num_inputs,
+    scale_stride,
     N: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -64,7 +64,7 @@ def _product_kernel(
 
     GATED: gates and ups of tokens x [T, K], the unit of both is stored in the order. Else of x [B * BLOCK_M, K] in
     the order, stored as [num_pairs, N]. SCALED: both sides are eight-bit floats, whose scales change with each BLOCK_K
-    features; BLOCK_N columns share them. Those of the `num_inputs` rows of x stand side by side.
+    features; BLOCK_N columns share them. Those of all rows of x stand side by side, `scale_stride` from group to group.
     """
     PARTS: tl.constexpr = 2 if GATED else 1
     NUM_COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -105,7 +105,7 @@ def _product_kernel(
             if SCALED:
                 total += tl.dot(part, tile.T) * row_scale[:, None] * column_scale[None, :]
                 following = tl.minimum(begin // BLOCK_K + 1, NUM_SCALES - 1)
-                row_scale = tl.load(row_scales + following * num_inputs, mask=valid, other=0.0)
+                row_scale = tl.load(row_scales + following * scale_stride, mask=valid, other=0.0)
                 column_scale = tl.load(column_scales + following)
             else:
                 total = tl.dot(part, tile.T, total, input_precision="ieee")
@@ -172,7 +172,7 @@ class TritonExperts:
             hidden_size=shape.hidden_size,
             top_k=shape.top_k,
             device=torch.cuda.get_device_name(shape.device) if on_gpu else shape.device.type,
-            dtype=str(shape.dtype if shape.fp8 is None else torch.float8_e4m3fn).removeprefix("torch."),
+            dtype=str(shape.weight_dtype).removeprefix("torch."),
         )
         return load_table(key)
 
@@ -237,10 +237,10 @@ def multiply_pairs(
     With a unit, of gate and up, and the unit of both: x [T, K] of tokens -> out [B * block_m, N] in the order. Else
     x [B * block_m, K] in the order -> out [P, N] of pairs.
     """
-    x_scales: Tensor | None = None
-    num_inputs, block_k = len(x), tile.block_k
-    if weights.fp8 is not None:
+    x_scales, scale_stride, block_k = None, 0, tile.block_k
+    if weights.fp8 is not None and weights.scales is not None:
         (x, x_scales), block_k = round_rows(x, power_of_two=weights.fp8.power_of_two), SCALE_BLOCK
+        scale_stride = x_scales.stride(1)
     parts, values = 1 if unit is None else 2, unit or GatedUnit()
     num_experts, num_rows, num_features = weights.values.shape
     stacked = weights.values.view(num_experts * parts, num_rows // parts, num_features)
@@ -258,13 +258,13 @@ def multiply_pairs(
         order.num_rows,
         order.num_pairs,
         tile.group,
-        num_inputs,
+        scale_stride,
         N=stacked.shape[1],
         K=num_features,
         TOP_K=order.top_k,
         GATED=unit is not None,
         HAS_BIAS=weights.bias is not None,
-        SCALED=weights.fp8 is not None,
+        SCALED=x_scales is not None,
         ALPHA=values.alpha,
         LIMIT=values.limit,
         OFFSET=values.offset,
