@@ -22,7 +22,7 @@ from hornbeam.engine.logs import set_up_logging
 from hornbeam.executor.executor import Executor
 from hornbeam.serve.cli import FlagParser, checked
 from hornbeam.serve.serving import engine_flags, with_model
-from hornbeam.text.tokenizer import load_tokenizer
+from hornbeam.text.loading import load_tokenizer
 
 NUM_TOKENS = 2000
 _STRETCH = 500  # tokens that see each other

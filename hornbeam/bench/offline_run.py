@@ -19,7 +19,7 @@ from hornbeam.bench.workloads import WORKLOADS, Workload, warm_up
 from hornbeam.core.errors import ConfigError
 from hornbeam.engine.logs import set_up_logging
 from hornbeam.serve.cli import FlagParser, checked
-from hornbeam.text.tokenizer import load_tokenizer
+from hornbeam.text.loading import load_tokenizer
 
 _ROW = "{:<10} {:>8} {:>10} {:>10} {:>10} {:>9} {:>11} {:>13}"
 _TITLES = ("workload", "requests", "tokens in", "tokens out", "cached", "seconds", "tok/s out", "tok/s in+out")

@@ -7,9 +7,10 @@ from pathlib import Path
 from hornbeam.bench.report import show
 from hornbeam.bench.scheduler import run_scheduler_benchmark
 from hornbeam.bench.simulate import Load, Sessions, burst, recorded, run_simulations, streams_and_a_long_prompt
+from hornbeam.scheduler.policies import POLICIES
 from hornbeam.scheduler.record import read_record
 from hornbeam.scheduler.record import replay as replay_record
-from hornbeam.scheduler.waiting import POLICIES, RANDOM
+from hornbeam.scheduler.waiting import FIRST_COME, RANDOM
 
 
 def scheduler(argv: Sequence[str]) -> int:
@@ -42,7 +43,7 @@ def simulate(argv: Sequence[str]) -> int:
         prog="hornbeam bench simulate",
         description="Runs sessions that share system prompts on the real scheduler and a cost model of a GPU.",
     )
-    policies, sessions = (*POLICIES, RANDOM), Sessions()
+    policies, sessions = (FIRST_COME, *POLICIES, RANDOM), Sessions()
     parser.add_argument("--policy", nargs="+", choices=policies, default=policies, help="Default: all.")
     parser.add_argument(
         "--load",

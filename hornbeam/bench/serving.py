@@ -21,7 +21,8 @@ from hornbeam.bench.datasets import Sample, add_dataset_flags, draw_samples
 from hornbeam.bench.latencies import figures, report
 from hornbeam.bench.report import append_json, show
 from hornbeam.core.errors import ConfigError, HornbeamError
-from hornbeam.text.tokenizer import Tokenizer, load_tokenizer
+from hornbeam.text.loading import load_tokenizer
+from hornbeam.text.tokenizer import Tokenizer
 from hornbeam.weights.hub import local_path
 
 if TYPE_CHECKING:

@@ -4,10 +4,9 @@ Knows nothing of keys, and not what a page holds. Page 0 is never handed out: pa
 """
 
 import heapq
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
-from hornbeam.cache.node import Holder, Node, path_of
+from hornbeam.cache.node import Node
 
 PADDING_PAGE = 0
 
@@ -144,25 +143,6 @@ class PageAccounts:
         self.num_pages[group] -= len(node.pages[group])
         self._pools[group].free(node.pages[group])
         node.pages[group] = []
-
-    def check(self, holders: Sequence[Holder], nodes: set[Node], locks: Counter[Node]) -> None:
-        """Verify every count; `nodes` are those of the tree, `locks` what the holders lock. Raises AssertionError."""
-        for group in range(len(self._pools)):
-            windowed = group in self._idle
-            uses = locks
-            if windowed:
-                paths = ((node, holder) for holder in holders for node in path_of(holder.node) if node.parent)
-                uses = Counter(node for node, holder in paths if node.start >= holder.held_from[group])
-                for node in nodes | locks.keys():
-                    assert node.holds[group] == uses[node], f"{node.holds[group]} windows, {uses[node]} held"
-            for node in nodes | locks.keys():
-                num_pages = len(node.pages[group])
-                assert num_pages * self._page_size == len(node.key) or (windowed and not num_pages), "pages and tokens"
-            num_pages, counted = sum(len(node.pages[group]) for node in nodes | locks.keys()), self.num_pages[group]
-            assert num_pages == counted, f"group {group}: {num_pages} pages in the tree, {counted} counted"
-            num_evictable = sum(len(node.pages[group]) for node in nodes if not uses[node])
-            counted = self.num_evictable[group]
-            assert num_evictable == counted, f"group {group}: {num_evictable} evictable pages, {counted} counted"
 
     def _count(self, node: Node, sign: int) -> None:
         for group, ids in enumerate(node.pages):

@@ -10,10 +10,10 @@ the tree too. A hit is valid where every windowed group has the whole window bef
 request holds, per windowed group, the nodes of its window: what nobody holds can be evicted from that group alone.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
-from hornbeam.cache.node import WRITTEN, Holder, Match, Node, PrefixListener, common_length, nodes_below, path_of
+from hornbeam.cache.audit import check_nodes
+from hornbeam.cache.node import WRITTEN, Holder, Match, Node, PrefixListener, common_length, nodes_below
 from hornbeam.cache.pages import EVICTION_ORDERS, PADDING_PAGE, LeafQueue, PageAccounts, PagePool
 
 
@@ -299,19 +299,15 @@ class PrefixTree:
 
     def check(self, holders: Sequence[Holder]) -> None:
         """Verify the structure, and every count given the locks. Raises AssertionError."""
-        locks = Counter(node for holder in holders for node in path_of(holder.node))
-        nodes = {node for root in self._roots.values() for node in nodes_below(root)}
-        for node in nodes:
-            assert not node.revoked, "a revoked node can be matched"
-            if node.parent is not None:
-                assert node.parent.children[tuple(node.key[: self._unit])] is node, "a child stands under a wrong key"
-                assert node.length == node.parent.length + len(node.key), "lengths do not add up"
-                assert len(node.key) % self._unit == 0, "a node ends inside a unit"
-                assert node.queued or node.num_locks or node.children, "a leaf that can never be evicted"
-                assert all(node.pages) or node.num_locks or node.children, "a tombstone that nobody can reach"
-        for node in nodes | locks.keys():
-            assert node.num_locks == locks[node], f"{node.num_locks} locks at {node.length} tokens, {locks[node]} held"
-        self._accounts.check(holders, nodes, locks)
+        check_nodes(
+            {node for root in self._roots.values() for node in nodes_below(root)},
+            holders,
+            unit=self._unit,
+            page_size=self._page_size,
+            windows=self._windows.keys(),
+            num_pages=self._accounts.num_pages,
+            num_evictable=self._accounts.num_evictable,
+        )
 
     def _tell_removed(self, nodes: Sequence[Node]) -> None:
         """`nodes`: parents first."""

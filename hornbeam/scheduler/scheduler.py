@@ -20,9 +20,11 @@ from hornbeam.core.plan import StepPlan, StepResult
 from hornbeam.core.request import Finish, Request, RequestOutput, Status
 from hornbeam.scheduler.memory import Memory, Running
 from hornbeam.scheduler.planning import OutputEstimate, Planner
+from hornbeam.scheduler.policies import Surroundings
 from hornbeam.scheduler.sharing import Sharing
-from hornbeam.scheduler.state import RequestState, SchedulerStats, Step
-from hornbeam.scheduler.waiting import Limits, Precedence, Surroundings, WaitingQueue
+from hornbeam.scheduler.state import RequestState, Step
+from hornbeam.scheduler.stats import SchedulerStats
+from hornbeam.scheduler.waiting import Limits, Precedence, WaitingQueue
 
 PauseMode = Literal["in_place", "retract", "abort"]
 

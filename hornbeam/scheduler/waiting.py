@@ -10,21 +10,19 @@ Knows no memory: how much of a request is cached is told by who makes the queue.
 
 import heapq
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from hornbeam.cache.node import Node
 from hornbeam.config.components import SchedulerOptions
 from hornbeam.core.errors import BadRequest
 from hornbeam.core.request import Request
+from hornbeam.scheduler.policies import POLICIES, Surroundings
 from hornbeam.scheduler.state import RequestState
 
 WINDOW = 512
 ROUND = 32
 FAIR_SHARE = 64
 
-KnownPrefix = Callable[[RequestState], tuple[list[Node], int]]  # see `Memory.known_prefix`
+FIRST_COME, RANDOM = "fcfs", "random"  # the policies that look at nothing
 AGED = float("-inf")  # the precedence of a request whose turn it is in spite of its priority
 
 
@@ -45,74 +43,18 @@ class Precedence:
         return AGED if state.aged else self.of(state.request)
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What policies may look at, besides those that wait."""
-
-    known: KnownPrefix  # what the tree holds of a request's prefix
-    running: Iterable[RequestState]
-
-
-def _arrived(batch: list[RequestState], around: Surroundings) -> list[RequestState]:
-    return batch
-
-
-def _longest_prefix_first(batch: list[RequestState], around: Surroundings) -> list[RequestState]:
-    """Among equals, those that will share a prefix stand side by side."""
-    lengths = {state: around.known(state)[1] for state in batch}
-    return sorted(batch, key=lambda state: (-lengths[state], state.tokens))
-
-
-def _heaviest_branch_first(batch: list[RequestState], around: Surroundings) -> list[RequestState]:
-    """Depth first through the tree; where it branches, the side whose requests use more, by head, comes first."""
-    found = {state: around.known(state) for state in batch}
-    uses: dict[Node, list[int]] = {}
-    for path, length in found.values():
-        for node in path:
-            uses.setdefault(node, []).append(length)
-    weights = {node: (-sum(lengths) / len(lengths), -len(lengths)) for node, lengths in uses.items()}
-    order = {node: index for index, node in enumerate(weights)}
-    # What ends at a node comes after what goes deeper from there.
-    turns = {state: [*((*weights[node], order[node]) for node in path), (1,)] for state, (path, _) in found.items()}
-    return sorted(batch, key=lambda state: (turns[state], state.tokens))
-
-
-def _longest_output_first(batch: list[RequestState], around: Surroundings) -> list[RequestState]:
-    return sorted(batch, key=lambda state: state.num_prompt - state.max_tokens)
-
-
-def _busiest_routing_key_first(batch: list[RequestState], around: Surroundings) -> list[RequestState]:
-    """Those whose routing key most running requests have; equals by key, in the order in which the keys came."""
-    running = Counter(state.request.routing_key for state in around.running)
-    del running[None]
-    order: dict[str | None, int] = {}
-    for state in batch:
-        order.setdefault(state.request.routing_key, len(order))
-    return sorted(batch, key=lambda state: (-running[state.request.routing_key], order[state.request.routing_key]))
-
-
-POLICIES: dict[str, Callable[[list[RequestState], Surroundings], list[RequestState]]] = {
-    "fcfs": _arrived,
-    "lpm": _longest_prefix_first,
-    "dfs-weight": _heaviest_branch_first,
-    "lof": _longest_output_first,
-    "routing-key": _busiest_routing_key_first,
-}
-RANDOM = "random"
-
-
 class WaitingQueue:
     """The requests that wait, owner of their order.
 
     Args:
-        policy: a key of `POLICIES`, or `RANDOM`.
+        policy: a key of `POLICIES`, `FIRST_COME` or `RANDOM`.
         around: what the policy may look at.
         precedence: what comes before the policy.
         seed: of the random policy.
     """
 
     def __init__(self, policy: str, around: Surroundings, precedence: Precedence, seed: int) -> None:
-        self._rank = POLICIES[policy] if policy != RANDOM else self._shuffled
+        self._rank = {FIRST_COME: self._as_they_came, RANDOM: self._shuffled, **POLICIES}[policy]
         self._around = around
         self._precedence = precedence
         self._random = random.Random(seed)
@@ -190,6 +132,9 @@ class WaitingQueue:
         begun = [state for state in window if state.num_retractions]
         fresh = self._rank([state for state in window if not state.num_retractions], self._around)
         self._batch = [*reversed(fresh[:ROUND]), *reversed(begun)]
+
+    def _as_they_came(self, batch: list[RequestState], around: Surroundings) -> list[RequestState]:
+        return batch
 
     def _shuffled(self, batch: list[RequestState], around: Surroundings) -> list[RequestState]:
         return self._random.sample(batch, len(batch))

@@ -19,7 +19,8 @@ from hornbeam.engine.transport import EngineHandle
 from hornbeam.models.index import DEFAULT_CHECKPOINT
 from hornbeam.serve.defaults import choose_template, sampling_defaults
 from hornbeam.text.chat import ChatTemplate
-from hornbeam.text.tokenizer import Tokenizer, load_tokenizer
+from hornbeam.text.loading import load_tokenizer
+from hornbeam.text.tokenizer import Tokenizer
 from hornbeam.weights.checkpoint import open_checkpoint
 from hornbeam.weights.hub import local_path
 from hornbeam.weights.wheel import fetch_wheel_member

@@ -7,14 +7,10 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from hornbeam.core.errors import BadRequest, ConfigError
+from hornbeam.core.errors import BadRequest
 from hornbeam.text.formats.contents import TokenizerContents
-from hornbeam.text.formats.gguf import read_metadata
-from hornbeam.text.formats.huggingface import read_folder
-from hornbeam.weights.gguf import read_gguf
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -102,31 +98,6 @@ class Tokenizer:
         before = self._backend.encode("a", add_special_tokens=False).ids[-1:]
         decode = functools.partial(self._backend.decode, skip_special_tokens=False)
         return decode([*before, token_id]).removeprefix(decode(before)).encode()
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face model folder or of a GGUF file.
-
-    Raises:
-        ConfigError: there is none, or it is of a kind that is not supported.
-    """
-    path = Path(path)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ConfigError(f"no tokenizer: {path} is neither a model folder nor a .gguf file")
-        return _tried(Tokenizer(read_metadata(read_gguf(path).metadata)), path)
-    return _tried(Tokenizer(read_folder(path)), path)
-
-
-def _tried(tokenizer: Tokenizer, path: Path) -> Tokenizer:
-    """What the library finds wrong only when it encodes is told before anybody asks."""
-    try:
-        tokenizer.decode(tokenizer.encode("a b"))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library panics, which is no Exception
-        raise ConfigError(f"the tokenizer in {path} does not work: {error}; download it again") from error
-    return tokenizer
 
 
 def _decoder_types(decoder: Any) -> frozenset[str]:

@@ -19,7 +19,7 @@ from hornbeam.core.errors import ConfigError, HornbeamError
 from hornbeam.engine.build import _eos_ids
 from hornbeam.models.index import find_family
 from hornbeam.serve.defaults import choose_template, sampling_defaults
-from hornbeam.text.tokenizer import load_tokenizer
+from hornbeam.text.loading import load_tokenizer
 from hornbeam.weights.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.cpu

@@ -5,7 +5,8 @@ from scheduler.simulation import Simulation, check_outputs, make, tokens_of
 
 from hornbeam.core.errors import Overloaded
 from hornbeam.core.request import Request
-from hornbeam.scheduler.waiting import FAIR_SHARE, POLICIES, RANDOM
+from hornbeam.scheduler.policies import POLICIES
+from hornbeam.scheduler.waiting import FAIR_SHARE, FIRST_COME, RANDOM
 
 pytestmark = pytest.mark.pure
 
@@ -18,7 +19,7 @@ def served(simulation: Simulation, *requests: Request) -> list[str]:
     return list(simulation.ends)
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, RANDOM])
+@pytest.mark.parametrize("policy", [FIRST_COME, *POLICIES, RANDOM])
 def test_every_policy_serves_all_and_overtakes_within_bounds(policy: str) -> None:
     simulation = Simulation(policy=policy, slots=1, num_pages=4000, chunk=512)
     requests = [make(str(i), tokens_of(i % 7, 8 + i % 5), 1 + i % 3, ignore_eos=True) for i in range(600)]

@@ -11,7 +11,8 @@ from scheduler.simulation import Simulation, check_logprobs, check_outputs, make
 
 from hornbeam.core.errors import BadRequest, Overloaded
 from hornbeam.core.request import LogprobOptions, Request
-from hornbeam.scheduler.waiting import POLICIES, RANDOM
+from hornbeam.scheduler.policies import POLICIES
+from hornbeam.scheduler.waiting import FIRST_COME, RANDOM
 
 pytestmark = pytest.mark.pure
 
@@ -49,7 +50,7 @@ def test_random_loads_in_random_small_pools(data: st.DataObject) -> None:
         windows=windows,
         window_pages=least + data.draw(st.integers(0, 8)) if None in windows else 0,
         radix=data.draw(st.booleans()),
-        policy=data.draw(st.sampled_from([*POLICIES, RANDOM])),
+        policy=data.draw(st.sampled_from([FIRST_COME, *POLICIES, RANDOM])),
         conservativeness=data.draw(st.sampled_from([0.0, 0.3, 1.0])),
     )
     requests = []

@@ -9,7 +9,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from hornbeam.core.errors import ConfigError
 from hornbeam.text.chat import ChatTemplate
 from hornbeam.text.formats.gguf import read_metadata
-from hornbeam.text.tokenizer import Tokenizer, load_tokenizer
+from hornbeam.text.loading import load_tokenizer
+from hornbeam.text.tokenizer import Tokenizer
 
 
 def metadata(pre="smollm", **changes):

@@ -8,8 +8,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from hornbeam.text.chat import ChatTemplate
+from hornbeam.text.loading import load_tokenizer
 from hornbeam.text.session import TextOptions, TextSession
-from hornbeam.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.cpu
 

@@ -8,7 +8,8 @@ from tokenizers.processors import TemplateProcessing
 
 from hornbeam.core.errors import BadRequest, ConfigError
 from hornbeam.text.formats.contents import TokenizerContents
-from hornbeam.text.tokenizer import Tokenizer, load_tokenizer
+from hornbeam.text.loading import load_tokenizer
+from hornbeam.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.pure
 
