@@ -85,7 +85,7 @@ def test_prompts(folder, theirs, messages, tools):
 
 
 @pytest.mark.parametrize("in_file", [False, True])
-@pytest.mark.parametrize("add_bos", [False, None])
+@pytest.mark.parametrize("add_bos", [False, True, None])
 def test_bos(tmp_path, byte_level_backend, add_bos, in_file):
     transformers = pytest.importorskip("transformers")
     backend = type(byte_level_backend).from_str(byte_level_backend.to_str())
@@ -111,6 +111,28 @@ def test_facts(folder, theirs):
 def added(content, special, **changes):
     shape = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False} | changes
     return {"content": content, "special": special, **shape}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"additional_special_tokens": ["<|tool|>", "<|end|>"]},
+        {"extra_special_tokens": ["<|tool|>", "<|end|>"]},
+        {"extra_special_tokens": {"tool_token": "<|tool|>", "end_token": "<|end|>"}},
+    ],
+)
+def test_further_special_tokens(tmp_path, byte_level_backend, config):
+    from transformers import AutoTokenizer
+
+    byte_level_backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": CLASS, "eos_token": "</s>"} | config)
+    )
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs.encode("a<|tool|> b<|end|>")
+    assert ours.encode("a<|tool|> b<|end|>") == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "a b"
+    assert ours.special_tokens == theirs.special_tokens_map
 
 
 def test_tokens_that_only_the_config_describes(tmp_path, byte_level_backend):

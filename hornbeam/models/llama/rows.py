@@ -65,5 +65,7 @@ ROWS: dict[str, Row] = {
     "gguf:phi3": Row(layout="fused_up", windows="all"),
     "gguf:granite": Row(multipliers=True, paired_rotation=True),
     "gguf:olmo2": Row(qk_norm="whole", post_norm=True, window_rope=True),
+    "gguf:exaone4": Row(qk_norm="head", post_norm=True, plain="full", windows="most"),
     "gguf:internlm2": Row(paired_rotation=True),
+    "gguf:seed_oss": Row(),
 }

@@ -37,6 +37,7 @@ _SPECIAL_TOKENS = {
     "cls_token": "cls_token_id",
     "sep_token": "seperator_token_id",  # so it is spelt there
 }
+_NAMED_TEMPLATE = "tokenizer.chat_template."
 _EOS_ENTRIES = ("eos_token_id", "eot_token_id", "eom_token_id")  # end of sequence, of turn, of message
 
 
@@ -91,17 +92,30 @@ _PRE_TOKENIZERS = {
     "default": _PLAIN,
     "gpt-2": _PLAIN,
     "phi-2": _PLAIN,
+    "olmo": _PLAIN,
+    "exaone4": _PLAIN,
+    "a.x-4.0": _PLAIN,
+    "mellum": _PLAIN,
     "smollm": _DIGITS,
     "starcoder": _DIGITS,
     "refact": _DIGITS,
     "codeshell": _DIGITS,
     "exaone": _DIGITS,
+    "command-r": _DIGITS,
+    "minerva-7b": _DIGITS,
     "dbrx": _THREE_DIGITS,
     "smaug-bpe": _THREE_DIGITS,
+    "chatglm-bpe": _THREE_DIGITS,
+    "glm4": _THREE_DIGITS,
     "llama3": _THREE_DIGITS_WHOLE,
     "llama-v3": _THREE_DIGITS_WHOLE,
     "llama-bpe": _THREE_DIGITS_WHOLE,
+    "falcon3": _THREE_DIGITS_WHOLE,
+    "pixtral": _THREE_DIGITS_WHOLE,
+    "lfm2": _THREE_DIGITS_WHOLE,
     "qwen2": _ONE_DIGIT,
+    "megrez": _ONE_DIGIT,
+    "stablelm2": replace(_ONE_DIGIT, nfc=False),
     "deepseek-r1-qwen": _ONE_DIGIT,
     "gpt-4o": _CASED,
     "llama4": _CASED,
@@ -141,9 +155,7 @@ def read_metadata(metadata: Mapping[str, Any]) -> TokenizerContents:
         add_bos=add_bos if model == "bert" else bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
         chat_template=metadata.get("tokenizer.chat_template"),
         named_templates={
-            name: metadata[key]
-            for name in metadata.get("tokenizer.chat_templates", ())
-            if (key := f"tokenizer.chat_template.{name}") in metadata
+            key.removeprefix(_NAMED_TEMPLATE): text for key, text in metadata.items() if key.startswith(_NAMED_TEMPLATE)
         },
     )
 

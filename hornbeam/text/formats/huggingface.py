@@ -20,6 +20,10 @@ _BACKEND_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 _DEFAULT_TEMPLATE = "default"
 _GENERAL_CLASSES = (None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
+_CLASSES_WITHOUT_BOS = (  # which heed tokenizer.json alone
+    *_GENERAL_CLASSES[1:],
+    *("GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast"),
+)
 
 
 def read_folder(folder: Path) -> TokenizerContents:
@@ -40,7 +44,7 @@ def read_folder(folder: Path) -> TokenizerContents:
     except Exception as error:  # the library raises bare Exception for whatever it cannot parse
         raise ConfigError(f"cannot read {backend_path}: {error}; download it again") from error
     try:
-        _add_tokens(backend, config, special_tokens)
+        _add_tokens(backend, config, [*special_tokens.values(), *_unnamed_special_tokens(config)])
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"cannot read added_tokens_decoder in {folder / _CONFIG_FILE}: {error}") from error
     bos_id, eos_id = (
@@ -53,9 +57,8 @@ def read_folder(folder: Path) -> TokenizerContents:
         special_tokens=special_tokens,
         bos_id=bos_id,
         eos_ids=_generation_eos_ids(folder) | ({eos_id} if eos_id is not None else set()),
-        # Some models state BOS here and leave it out of tokenizer.json. Otherwise tokenizer.json decides, as it does
-        # in transformers.
-        add_bos=config.get("add_bos_token") is True,
+        # Some models state BOS here and leave it out of tokenizer.json, which decides for the others.
+        add_bos=config.get("add_bos_token") is True and config.get("tokenizer_class") not in _CLASSES_WITHOUT_BOS,
         chat_template=templates.pop(_DEFAULT_TEMPLATE, next(iter(templates.values()), None)),
         named_templates=templates,
     )
@@ -83,8 +86,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The entries `<name>_token`; each is a string or a described token."""
+    """The entries `<name>_token`, and those named in `extra_special_tokens`; each is a string or a described token."""
     described = {name: value for name, value in config.items() if name.endswith("_token")}
+    extra = config.get("extra_special_tokens")
+    described |= extra if isinstance(extra, dict) else {}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in described.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
@@ -107,7 +112,13 @@ def _with_prefix_space(backend: tokenizers.Tokenizer, config: Mapping[str, Any])
     return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
+def _unnamed_special_tokens(config: Mapping[str, Any]) -> list[str]:
+    lists = (config.get(name) for name in ("additional_special_tokens", "extra_special_tokens"))
+    tokens = [token for entry in lists if isinstance(entry, list) for token in entry]
+    return list(_special_tokens({f"{i}_token": token for i, token in enumerate(tokens)}).values())
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: list[str]) -> None:
     """What the config describes beyond tokenizer.json, or otherwise, and special tokens that are plain words there."""
     described = {
         int(token_id): AddedToken(**{name: value for name, value in entry.items() if name != "__type"})
@@ -118,7 +129,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], specia
     contents = {token.content for token in (*known.values(), *added)}
     added += [
         AddedToken(text, special=True, normalized=False)
-        for text in dict.fromkeys(special_tokens.values())
+        for text in dict.fromkeys(special_tokens)
         if text not in contents
     ]
     backend.add_tokens(added)

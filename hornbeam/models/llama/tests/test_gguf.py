@@ -22,6 +22,8 @@ LONG = {
     "long_factor": [1.0, 2.0, 4.0, 8.0],
 }
 GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.0}
+OLMO3 = {"num_hidden_layers": 4, "sliding_window": 20, "rope_scaling": {"rope_type": "yarn", "factor": 8.0}}
+OLMO3["rope_scaling"] |= {"original_max_position_embeddings": 32}
 # GGUF's architecture -> transformers' model_type and settings; names behind a comma are only for the test's name
 FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -34,6 +36,9 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 32}),
     "granite": ("granite", GRANITE),
     "olmo2": ("olmo2", {}),
+    "olmo2, windows": ("olmo3", OLMO3),
+    "exaone4": ("exaone4", {"num_hidden_layers": 4, "sliding_window": 20, "head_dim": 16}),
+    "seed_oss": ("seed_oss", {"head_dim": 24}),
     "internlm2": ("llama", {}),
 }
 PAIRED = {"llama", "smollm3", "granite", "internlm2"}  # whose converters reorder queries and keys
@@ -68,6 +73,10 @@ def write(path: Path, architecture: str, model: PreTrainedModel, tensors_per_par
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = config.rope_parameters
+    if "full_attention" in rope:
+        rope = rope["full_attention"]
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_key_length(head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -79,7 +88,9 @@ def write(path: Path, architecture: str, model: PreTrainedModel, tensors_per_par
         writer.add_logit_scale(config.logits_scaling)
     if architecture == "phi3":
         writer.add_sliding_window(0)
-    add_rope_factors(writer, config, head_dim)
+    if architecture == "exaone4":
+        writer.add_sliding_window(config.sliding_window)
+    add_rope_factors(writer, config, rope, head_dim)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -94,8 +105,11 @@ def write(path: Path, architecture: str, model: PreTrainedModel, tensors_per_par
     writer.close()
 
 
-def add_rope_factors(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> None:
-    rope = config.rope_parameters
+def add_rope_factors(writer: gguf.GGUFWriter, config: Any, rope: dict[str, Any], head_dim: int) -> None:
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if rope["rope_type"] == "llama3":
         wavelengths = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
         turns = rope["original_max_position_embeddings"] / wavelengths
@@ -113,7 +127,8 @@ def add_rope_factors(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> Non
 
 @torch.inference_mode()
 def assert_same(path: Path, model: PreTrainedModel) -> None:
-    sequence = Sequence(make_engine(path).executor, slot=0, first_page=1, num_pages=4)
+    engine = make_engine(path)
+    sequence = Sequence(engine.executor, slot=0, first_page=1, num_pages=4, num_groups=engine.num_groups)
     ids = list(PROMPT)
     row = as_tensor(sequence.prefill(ids, 16))
     for _ in range(4):
