@@ -1,17 +1,14 @@
 """An engine in a process of its own: both ends of the unix sockets, in a private folder, that join it to the server.
 
-The child gets its options on stdin, which stays open: at its end the child knows that the server is gone, and ends too.
-The server in turn watches the child's exit.
+Neither waits for an end that has gone: the server watches the child's exit, the child its stdin (`child.py`).
 """
 
 import asyncio
 import contextlib
 import faulthandler
-import json
 import logging
 import math
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +18,12 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from hornbeam.engine.child import end_child, fate_of, start_child
 from hornbeam.engine.envelope import Command, Event
 
 logger = logging.getLogger(__name__)
 
 COMMANDS, EVENTS = "commands", "events"  # the sockets' names
-KILL_SECONDS = 5.0
 
 
 class ProcessEngine:
@@ -58,14 +55,7 @@ class ProcessEngine:
             socket.set(zmq.LINGER, 0)
             socket.set_hwm(0)
             socket.bind(f"ipc://{self._folder}/{name}")
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "hornbeam.engine.process"),
-            stdin=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C reaches the server alone, which ends the engine in order
-        )
-        stdin = self._process.stdin
-        assert stdin is not None
-        stdin.write(json.dumps({**self._options, "folder": self._folder}).encode() + b"\n")
+        self._process = await start_child({**self._options, "folder": self._folder})
         self._tasks = [
             asyncio.create_task(self._read(events, on_event, on_end)),
             asyncio.create_task(self._watch(self._process, on_end)),
@@ -80,25 +70,13 @@ class ProcessEngine:
     async def close(self, timeout: float) -> None:
         """See `EngineHandle`. Kills what does not end."""
         if self._process is not None:
-            await self._end(self._process, timeout)
+            await end_child(self._process, timeout)
         for task in self._tasks:
             task.cancel()
         if self._context is not None:
             self._commands = None
             self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    async def _end(self, process: asyncio.subprocess.Process, timeout: float) -> None:
-        assert process.stdin is not None
-        try:
-            await asyncio.wait_for(process.wait(), timeout)
-        except TimeoutError:
-            process.stdin.close()  # as if the server were gone
-        try:
-            await asyncio.wait_for(process.wait(), KILL_SECONDS)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
 
     async def _read(
         self, events: zmq.asyncio.Socket, on_event: Callable[[Event], None], on_end: Callable[[str], None]
@@ -111,9 +89,7 @@ class ProcessEngine:
             on_end(f"the engine's events cannot be read: {error}")
 
     async def _watch(self, process: asyncio.subprocess.Process, on_end: Callable[[str], None]) -> None:
-        code = await process.wait()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        on_end(f"the engine process {how}")
+        on_end(await fate_of(process))
 
 
 class SocketLink:
