@@ -55,7 +55,7 @@ class Executor:
     def _examine(self, plan: StepPlan) -> Callable[[], Tensor]:
         lane = plan.step_id % NUM_LANES
         batch = self._state.apply(plan, len(plan.decode), lambda host: self._platform.upload(host, lane))
-        logits = self._runner.model.logits(self._runner.run(lane, plan, batch))
+        logits = self._runner.model.logits(self._runner.run(lane, plan, batch, None))
         return lambda: logits
 
     @torch.inference_mode()
@@ -70,20 +70,25 @@ class Executor:
         if graphs is not None and fit is not None:
             logits, scores = graphs.replay(lane, plan, batch, fit), None
         else:
-            hidden = self._hidden(lane, plan, batch)
-            logits, scores = self._runner.logits(hidden, batch), self._score(plan, batch, hidden)
+            sampling, hidden = self._hidden(lane, plan, batch)
+            logits, scores = self._runner.model.logits(sampling), self._score(plan, batch, hidden)
         self._state.advance(
             torch.cat((batch.decode_slots, batch.chunk_slots)), torch.cat((decode_lens, batch.chunk_ends))
         )
         sampled = self._sample(plan, batch, logits, decode_lens) if plan.num_samples else None
         return lambda: _result(plan, sampled, scores)
 
-    def _hidden(self, lane: int, plan: StepPlan, batch: Batch) -> Tensor:
-        """Hidden rows of the step's tokens; rows of padding may follow."""
+    def _hidden(self, lane: int, plan: StepPlan, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden rows of the tokens that sample; and of all, with padding behind them, if any score others."""
         graphs = self._mixed_graphs
         if graphs is not None and (fit := graphs.fit(plan)) is not None:
-            return graphs.replay(lane, plan, batch, fit)
-        return self._runner.run(lane, plan, batch)
+            hidden = graphs.replay(lane, plan, batch, fit)
+        elif plan.chunks and not len(batch.score_rows):
+            hidden = self._runner.run(lane, plan, batch, batch.sample_rows)
+            return hidden, hidden
+        else:
+            hidden = self._runner.run(lane, plan, batch, None)
+        return hidden[batch.sample_rows], hidden
 
     def _sample(self, plan: StepPlan, batch: Batch, logits: Tensor, decode_lens: Tensor) -> Sampled:
         """Choose ids, remember them on the device, and start their way to the host."""

@@ -51,8 +51,11 @@ class Runner:
         pays = any(least is not None and saved >= least for least in self._least_shared)
         return plan.shared if pays else None
 
-    def run(self, lane: int, plan: StepPlan, batch: Batch) -> Tensor:
-        """Hidden rows [B + T, H] of the step: the decode rows, then those of chunks."""
+    def run(self, lane: int, plan: StepPlan, batch: Batch, wanted: Tensor | None) -> Tensor:
+        """Hidden rows of the tokens `wanted`, [R] int64 among the B + T of the step: decode rows, then those of chunks.
+
+        None: of all.
+        """
         num_decode = len(batch.decode_slots)
         slots, ids, positions = self.tokens(batch)
         groups, shared = [], self.worth_sharing(plan)
@@ -67,7 +70,8 @@ class Runner:
                 prefill = self.plan_prefill(lane, group, *slots_lens, chunks, captured=False)
             rows = self._state.cache_rows(group, slots, positions)
             groups.append(GroupForward(rows=rows, decode=decode, prefill=prefill))
-        return self.model(ids, positions, Forward(num_decode=num_decode, caches=self.caches, groups=tuple(groups)))
+        fwd = Forward(num_decode=num_decode, caches=self.caches, groups=tuple(groups), wanted=wanted)
+        return self.model(ids, positions, fwd)
 
     def tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Slots, ids and positions [B + T] of the step's tokens: those that decode, then those of chunks."""
@@ -77,11 +81,6 @@ class Runner:
             torch.cat((state.last_ids[slots], batch.chunk_ids)),
             torch.cat((state.lens[slots], batch.chunk_positions)),
         )
-
-    def logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Logits [R, V] of the rows that sample: the decode rows, then the last rows of chunks."""
-        num_decode = len(batch.decode_slots)
-        return self.model.logits(torch.cat((hidden[:num_decode], hidden[batch.sample_rows])))
 
     def plan_decode(
         self,

@@ -27,7 +27,7 @@ class Batch:
     chunk_token_slots: Tensor  # [T]
     chunk_slots: Tensor  # [C]
     chunk_ends: Tensor  # [C]: length after the step
-    sample_rows: Tensor  # [N]: among the step's B + T rows, the last of each chunk that samples
+    sample_rows: Tensor  # [B + N]: of the step's B + T rows, those that sample; the first one where none does
     sample_slots: Tensor  # [N]
     sample_positions: Tensor  # [N]: of the id to choose
     logprob_rows: Tensor  # among the sampling rows, those that want logprobs
@@ -102,7 +102,8 @@ class SlotState:
         packing["chunk_token_slots"] = np.repeat(slots, sizes)
         packing["chunk_slots"] = slots
         packing["chunk_ends"] = ends
-        packing["sample_rows"] = num_rows + row_ends[samples] - 1
+        rows = np.concatenate((np.arange(num_rows), num_rows + row_ends[samples] - 1))
+        packing["sample_rows"] = rows if len(rows) else np.zeros(1, dtype=np.int64)  # as kernels want some row
         packing["sample_slots"] = slots[samples]
         packing["sample_positions"] = ends[samples]
         packing["logprob_rows"] = _integers(self._sampler.rows_with_logprobs(plan.sampling_slots))

@@ -101,6 +101,11 @@ def attend_step(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def wanted_rows(x: Tensor, layer: int, fwd: Forward) -> Tensor:
+    """x [T, ...], of which what is wanted of the step: behind the last layer's attention nobody reads other tokens."""
+    return x if fwd.wanted is None or layer + 1 < len(fwd.caches) else x[fwd.wanted]
+
+
 class DecoderAttention(nn.Module):
     """Projections around the attention of one layer."""
 
@@ -113,13 +118,15 @@ class DecoderAttention(nn.Module):
         if config.qk_norm != "none":
             per_head, eps = config.qk_norm == "head", config.rms_norm_eps
             self.norm = QueryKeyNorm(heads, kv_heads, head_dim, eps, context, per_head=per_head)
+        self.layer = layer
         self.attend = Attention(layer, heads, kv_heads, head_dim, context)
         self.sinks = empty_parameter((heads,), context) if config.attention_sinks else None
         self.output = Linear(heads * head_dim, (config.hidden_size,), context, bias=config.output_bias, split="in")
 
     def forward(self, qkv: Tensor, rotary: Rotary | None, positions: Tensor, fwd: Forward) -> Tensor:
-        """What `qkv` projected [T, (Hq + 2 Hk) D] -> [T, H]; rotary: None where the layer has no positions."""
+        """What `qkv` projected [T, (Hq + 2 Hk) D] -> `wanted_rows` of [T, H]; rotary: None for no positions."""
         norm = self.norm
         if norm is not None and not norm.per_head:
             qkv, norm = norm(qkv), None
-        return self.output(self.attend(qkv, norm, rotary, positions, fwd, self.sinks), fwd)
+        out = self.attend(qkv, norm, rotary, positions, fwd, self.sinks)
+        return self.output(wanted_rows(out, self.layer, fwd), fwd)

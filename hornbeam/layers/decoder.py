@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from hornbeam.layers.attention import DecoderAttention, Rotary
+from hornbeam.layers.attention import DecoderAttention, Rotary, wanted_rows
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.decoder_config import DecoderConfig
 from hornbeam.layers.forward import Forward
@@ -44,6 +44,7 @@ class DecoderBlock(nn.Module):
         """x [T, H], residual [T, H] or None in the first layer -> the block's output and the sum up to it."""
         qkv, residual = normed_linear(self.attention_norm, self.attention.qkv, x, residual, fwd)
         x = self.attention(qkv, rotary, positions, fwd)
+        residual = wanted_rows(residual, self.attention.layer, fwd)
         if isinstance(self.mlp, GatedMLP):
             return normed_gated(self.mlp_norm, self.mlp.gate_up, self.mlp.down, x, residual, fwd)
         return self.mlp(self.mlp_norm(x, residual), fwd), residual
@@ -62,7 +63,7 @@ class Decoder(nn.Module):
         self.rotary = _make_rotary(config.rope, context)
 
     def forward(self, ids: Tensor, positions: Tensor, fwd: Forward) -> Tensor:
-        """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm."""
+        """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm, of the tokens that are wanted."""
         x, residual = self.embed(ids, fwd), None
         for layer in self.layers:
             x, residual = layer(x, residual, self.rotary, positions, fwd)

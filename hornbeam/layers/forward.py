@@ -33,6 +33,7 @@ class Forward:
     caches: tuple[LayerCache, ...]  # by layer
     groups: tuple[GroupForward, ...]  # by cache group
     decodes: Tensor | None = None  # [num_decode] bool: those that decode, where a graph must serve any number of them
+    wanted: Tensor | None = None  # [R] int64: the tokens whose hidden rows the model returns; None: all, in order
     input_embeds: Tensor | None = None  # [T, H]: taken instead of looking the ids up
     padding: Tensor | None = None  # [T] bool: rows that stand for no token; None: there is none
     adapters: Tensor | None = None  # [T] adapter slot of each token; None: no adapter in this step
@@ -43,7 +44,7 @@ class Model(Protocol):
     """What a family's `build` returns, as far as steps are concerned."""
 
     def __call__(self, ids: Tensor, positions: Tensor, fwd: Forward) -> Tensor:
-        """Ids and positions [T] int64 -> hidden rows [T, H]."""
+        """Ids and positions [T] int64 -> hidden rows [T, H], of the tokens that are wanted."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, H] -> [R, V]."""

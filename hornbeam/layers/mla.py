@@ -7,7 +7,7 @@ families.
 import torch
 from torch import Tensor, nn
 
-from hornbeam.layers.attention import Rotary
+from hornbeam.layers.attention import Rotary, wanted_rows
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.decoder_config import LatentShape
 from hornbeam.layers.forward import Forward
@@ -54,7 +54,7 @@ class LatentAttention(nn.Module):
         values = shape.num_heads * shape.value_dim
         self.output = Linear(values, (shape.hidden_size,), context, bias=shape.bias, split="in")
         self._num_heads = num_heads
-        self._layer = layer
+        self.layer = layer
         self._rows = context.kernels.latent_rows
 
     def forward(self, qkv: Tensor, rotary: Rotary, positions: Tensor, fwd: Forward) -> Tensor:
@@ -63,12 +63,12 @@ class LatentAttention(nn.Module):
         if self.query is not None and self.query_norm is not None:
             q, _ = normed_linear(self.query_norm, self.query, q.contiguous(), None, fwd)
         out = self._attend(q.unflatten(-1, (self._num_heads, -1)), row, rotary(positions), fwd)
-        return self.output(out.flatten(1), fwd)
+        return self.output(wanted_rows(out.flatten(1), self.layer, fwd), fwd)
 
     def _attend(self, q: Tensor, row: Tensor, rotation: Rotation, fwd: Forward) -> Tensor:
         """q [T, Hq, N + R], row [T, C + R] -> [T, Hq, V]."""
         assert fwd.decodes is None, "no backend of latent attention captures prefill"
-        cache = fwd.caches[self._layer]
+        cache = fwd.caches[self.layer]
         (pages,) = cache.tensors
         step, up = fwd.groups[cache.group], self.up.by_head()
         norm = InputNorm(weight=self.latent_norm.weight, eps=self.latent_norm.eps)

@@ -163,3 +163,13 @@ def test_a_family_whose_model_cannot_be_imported_says_so(checkpoint: Path, monke
         FamilyUnavailable, match=r"'llama' is unavailable: import of hornbeam.models.llama.model halted"
     ):
         make_engine(checkpoint)
+
+
+def test_the_last_layer_goes_on_with_the_rows_that_are_wanted(checkpoint):
+    engine = make_engine(checkpoint, disable_radix_cache=True, chunked_prefill_size=32)
+    layers, seen = engine.executor._runner.model.layers, {0: [], 1: []}
+    for layer, sizes in seen.items():
+        layers[layer].mlp.down.register_forward_hook(lambda _, inputs, __, sizes=sizes: sizes.append(len(inputs[0])))
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=2, ignore_eos=True)
+    run(engine, [Request(rid="a", prompt_ids=tuple(range(50)), sampling=sampling)])
+    assert seen == {0: [32, 18, 1], 1: [1, 1, 1]}

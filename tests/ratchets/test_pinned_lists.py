@@ -57,7 +57,7 @@ FIELDS = {
 }
 TORCH_FIELDS = {
     "hornbeam.layers.forward:Forward": """
-        adapters caches collect_layers decodes groups input_embeds num_decode padding
+        adapters caches collect_layers decodes groups input_embeds num_decode padding wanted
     """,
     "hornbeam.layers.forward:GroupForward": "decode prefill rows",
 }

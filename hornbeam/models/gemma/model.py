@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hornbeam.layers.attention import Attention, Rotary
+from hornbeam.layers.attention import Attention, Rotary, wanted_rows
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.decoder import make_rotaries
 from hornbeam.layers.forward import Forward
@@ -29,12 +29,14 @@ class GemmaAttention(nn.Module):
         self.norm: QueryKeyNorm | None = None
         if config.row.qk_norm:
             self.norm = QueryKeyNorm(heads, kv_heads, head_dim, config.rms_norm_eps, context, per_head=True, wide=True)
+        self.layer = layer
         self.attend = Attention(layer, heads, kv_heads, head_dim, context)
         self.output = Linear(heads * head_dim, (config.hidden_size,), context, bias=bias, split="in")
 
     def forward(self, x: Tensor, rotary: Rotary, positions: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, H]."""
-        return self.output(self.attend(self.qkv(x, fwd), self.norm, rotary, positions, fwd), fwd)
+        out = self.attend(self.qkv(x, fwd), self.norm, rotary, positions, fwd)
+        return self.output(wanted_rows(out, self.layer, fwd), fwd)
 
 
 class GemmaMLP(nn.Module):
@@ -68,7 +70,7 @@ class GemmaBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [T, H], residual [T, H] or None in the first layer -> the block's output and the sum up to it."""
         normed = self.attention_norm(x, residual)
-        residual = x if residual is None else residual
+        residual = wanted_rows(x if residual is None else residual, self.attention.layer, fwd)
         x = self.post_attention_norm(self.attention(normed, rotary, positions, fwd))
         return self.post_mlp_norm(self.mlp(self.mlp_norm(x, residual), fwd)), residual
 
@@ -90,7 +92,7 @@ class GemmaModel(nn.Module):
         self._logits_soft_cap = config.logits_soft_cap
 
     def forward(self, ids: Tensor, positions: Tensor, fwd: Forward) -> Tensor:
-        """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm."""
+        """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm, of the tokens that are wanted."""
         x, residual = self.embed(ids, fwd) * self._embedding_factor, None
         for layer, rotary in zip(self.layers, self._rotaries, strict=True):
             x, residual = layer(x, residual, rotary, positions, fwd)

@@ -43,11 +43,12 @@ class HostedModel(nn.Module):
         self._refuse_mixing(config.vocab_size)
 
     def forward(self, ids: Tensor, positions: Tensor, fwd: Forward) -> Tensor:
-        """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm."""
+        """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm, of the tokens that are wanted."""
         self._hook.attend = partial(self._attend, fwd)
         given = fwd.input_embeds
         tokens = {"input_ids": ids[None]} if given is None else {"inputs_embeds": given[None]}
-        return self._run(positions, tokens)
+        hidden = self._run(positions, tokens)
+        return hidden if fwd.wanted is None else hidden[fwd.wanted]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, H] -> [R, V]."""

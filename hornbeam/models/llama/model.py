@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hornbeam.layers.attention import Rotary
+from hornbeam.layers.attention import Rotary, wanted_rows
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.decoder import Decoder, DecoderBlock, make_rotaries
 from hornbeam.layers.forward import Forward
@@ -30,6 +30,7 @@ class LlamaBlock(DecoderBlock):
         """x [T, H], residual [T, H] or None in the first layer -> the block's output and the sum up to it."""
         qkv, residual = normed_linear(self.attention_norm, self.attention.qkv, x, residual, fwd)
         x = scaled(self.attention(qkv, rotary, positions, fwd), self._multiplier)
+        residual = wanted_rows(residual, self.attention.layer, fwd)
         x, residual = normed_gated(self.mlp_norm, self.mlp.gate_up, self.mlp.down, x, residual, fwd)
         return scaled(x, self._multiplier), residual
 
@@ -41,7 +42,8 @@ class PostNormBlock(LlamaBlock):
         self, x: Tensor, residual: Tensor | None, rotary: Rotary | None, positions: Tensor, fwd: Forward
     ) -> tuple[Tensor, Tensor | None]:
         """x [T, H], residual None -> the sum [T, H], None."""
-        x = x + self.attention_norm(self.attention(self.attention.qkv(x, fwd), rotary, positions, fwd))
+        out = self.attention_norm(self.attention(self.attention.qkv(x, fwd), rotary, positions, fwd))
+        x = wanted_rows(x, self.attention.layer, fwd) + out
         return x + self.mlp_norm(self.mlp(x, fwd)), None
 
 
@@ -55,7 +57,7 @@ class LlamaModel(Decoder):
         self._rotaries = make_rotaries(config.ropes, context, {config.rope: self.rotary})
 
     def forward(self, ids: Tensor, positions: Tensor, fwd: Forward) -> Tensor:
-        """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm."""
+        """Ids and positions [T] int64 -> hidden rows [T, H] after the final norm, of the tokens that are wanted."""
         x, residual = scaled(self.embed(ids, fwd), self._config.embedding_multiplier), None
         for layer, rotary in zip(self.layers, self._rotaries, strict=True):
             x, residual = layer(x, residual, rotary, positions, fwd)

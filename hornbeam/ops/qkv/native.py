@@ -46,7 +46,9 @@ class NativeQkv:
         rows: Tensor,
     ) -> None:
         """See `Qkv`."""
-        assert all(x.stride()[1:] == (x.shape[2], 1) for x in (q, k, v)), "heads must follow each other"
+        for x in (q, k, v):
+            assert x.stride(2) == 1
+            assert x.shape[1] == 1 or x.stride(1) == x.shape[2], "heads must follow each other"
         assert norms is None or norms.query.dtype == norms.key.dtype == torch.float32
         store = _Store(
             q=q.data_ptr(),
