@@ -234,13 +234,15 @@ def _load(
     if (packing or config.fp8) is not None and not any(isinstance(module, Linear) for module in model.modules()):
         raise ConfigError("the products of this model are not Hornbeam's, and cannot be rounded: drop --quantization")
     refresh_derived(model)
-    _prepare_products(model, options.executor.graph_batch_sizes, _largest_chunk(options))
+    _prepare_products(model, options.executor, _largest_chunk(options))
     return model.eval()
 
 
-def _prepare_products(model: torch.nn.Module, batch_sizes: tuple[int, ...], chunk_size: int) -> None:
-    """Let products find out how they are done best: those of layers for both kinds of steps, the head's for decode."""
-    for kind, num_rows in ((Linear, (*batch_sizes, chunk_size)), (Head, batch_sizes)):
+def _prepare_products(model: torch.nn.Module, options: ExecutorOptions, chunk_size: int) -> None:
+    """Let products find out how they are done best: those of layers for all kinds of steps, the head's for decode."""
+    batch_sizes, token_counts = options.graph_batch_sizes, options.graph_token_counts
+    sizes = tuple(dict.fromkeys((*batch_sizes, *token_counts, chunk_size)))
+    for kind, num_rows in ((Linear, sizes), (Head, batch_sizes)):
         modules = [module for module in model.modules() if isinstance(module, kind)]
         weights = {weight.shape: weight for module in modules if (weight := module.plain_weight) is not None}
         if weights and num_rows:

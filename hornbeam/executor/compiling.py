@@ -14,10 +14,16 @@ from hornbeam.layers.forward import Model
 from hornbeam.layers.mla import LatentAttention
 from hornbeam.layers.moe import MoE
 
+_MOST_VARIANTS = 64  # of a function: numbers of rows, and the first block apart from the others
+
 
 def compiled(model: Model) -> Model:
-    """The same model, compiled at its first calls: in all for one row, for one other number, and for any number."""
+    """The same model, compiled at its first calls: for one row, for any number, and what the compiler tells apart.
+
+    Sets for the whole process how often one function may be compiled.
+    """
     assert isinstance(model, nn.Module)
+    torch._dynamo.config.recompile_limit = _MOST_VARIANTS
     for module in model.modules():
         if isinstance(module, Attention):
             _hide(module, "attend")

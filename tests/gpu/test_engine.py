@@ -53,6 +53,37 @@ def test_graphs_padding_and_overlap_change_no_token(wide_checkpoint, wide_refere
     assert tokens(wide_checkpoint, dtype="float32", attention_backend="triton", **flags) == wide_reference
 
 
+SHARED = [[*(list(range(5, 255)) * 2)[:330], i, 2 * i, 3] for i in range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"disable_cascade_attention": True}, {"disable_cuda_graph": True}, {"disable_radix_cache": True}],
+    ids=str,
+)
+def test_reading_shared_prefixes_once_changes_no_token(wide_checkpoint, monkeypatch, flags):
+    from hornbeam import Engine
+    from hornbeam.ops.attention.cascade import Cascade
+    from hornbeam.ops.attention.triton import TritonAttentionBackend
+
+    def generate(**flags) -> list[list[int]]:
+        with Engine(model_path=str(wide_checkpoint), dtype="float32", **{**FLAGS, **flags}) as engine:
+            answers = engine.generate(input_ids=SHARED, sampling_params=PARAMS)
+        return [answer["output_ids"] for answer in answers]
+
+    plan, num_shared = Cascade.plan, []
+    monkeypatch.setattr(TritonAttentionBackend, "least_shared", 256)
+    monkeypatch.setattr(Cascade, "plan", lambda self, shared: num_shared.append(len(shared)) or plan(self, shared))
+    expected = generate(device="cpu")
+    assert generate(attention_backend="triton", **flags) == expected
+    assert any(num_shared) == (not flags or "disable_cuda_graph" in flags)
+
+
+def test_compiled_steps_change_no_token(wide_checkpoint, wide_reference):
+    flags = {"enable_torch_compile": True, "torch_compile_max_bs": 4, "attention_backend": "triton"}
+    assert tokens(wide_checkpoint, dtype="float32", **flags) == wide_reference
+
+
 def test_chunked_prefill_changes_no_token(wide_checkpoint, wide_reference):
     flags = {"chunked_prefill_size": 32, "dtype": "float32", "attention_backend": "triton"}
     assert tokens(wide_checkpoint, **flags) == wide_reference

@@ -64,6 +64,17 @@ def test_merged_parts(device, num_heads, num_kv_heads):
         torch.testing.assert_close(out.double(), expected_output(case), **tolerance(torch.float32))
 
 
+def test_triton_with_shared_prefixes(device):
+    from hornbeam.ops.attention.triton import BACKEND
+
+    shape = make_shape(device, torch.float32, 4, 2, 32)
+    attention = BACKEND.create(shape, 8)
+    for groups in GROUPS:
+        case = share(make_case(shape, [330, 400, 321, 339, 500, 350], [1] * 6, num_padding=2, captured=True), groups)
+        out = attention.plan_decode(case.rows)(case.q, case.k_pages, case.v_pages)
+        torch.testing.assert_close(out.double(), expected_output(case), **tolerance(torch.float32))
+
+
 @pytest.mark.cpu
 def test_work_fits_its_list_however_rows_are_grouped():
     from hornbeam.ops.attention.cascade import Cascade

@@ -60,12 +60,12 @@ def test_prefill_after_a_cached_prefix(device, dtype, heads):
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_recorded_prefill_follows_new_plans(device, window):
     """Rows among empty ones: the same `attend` for as many queries in all, whosoever they are."""
-    shape, attends = make_shape(device, torch.float32, 6, 2, 32, window=window), []
+    shape, attends = make_shape(device, torch.float32, 4, 1, 16, window=window), []
     attention = create(shape, 8)
     addresses = None
-    for lens, query_lens, before in (([70, 300], [20, 65], 40), ([33], [2], 0), ([31, 64, 5], [31, 60, 5], 1)):
+    for lens, query_lens, before in (([40, 300], [10, 25], 20), ([33], [2], 0), ([31, 20, 5], [31, 17, 5], 1)):
         case = make_case(shape, lens, query_lens)
-        after = 128 - before - sum(query_lens)
+        after = 64 - before - sum(query_lens)
         recorded = as_recorded(case, num_rows=6, before=before, after=after)
         rows = recorded.rows
         if addresses is None:

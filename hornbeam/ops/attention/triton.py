@@ -6,6 +6,7 @@ a second kernel merges the parts by their log-sum-exps. The grid depends on the 
 lengths, so it can be captured.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hornbeam.ops.attention.cascade import Cascade
 from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import early_launch
@@ -40,9 +42,11 @@ def _attend_kernel(
     lens_ptr,
     tiles_ptr,
     sinks_ptr,
+    skips_ptr,
     q_stride,
     q_head_stride,
     page_table_stride,
+    skip_stride,
     scale,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -51,6 +55,7 @@ def _attend_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_SKIPS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -59,7 +64,7 @@ def _attend_kernel(
     """One tile, one key-value head, one stretch of keys.
 
     tiles: [num_tiles, 3] int32: the row, the tile's first query token, the row's queries from that one on.
-    WINDOW and SOFT_CAP: 0 for none; sinks: [NUM_HEADS].
+    WINDOW and SOFT_CAP: 0 for none; sinks: [NUM_HEADS]; skips: [B] int32, first pages of each row that are left out.
     out: [T, NUM_HEADS, NUM_SPLITS, HEAD_DIM]; lse: [T, NUM_HEADS, NUM_SPLITS] float32, base 2, if NUM_SPLITS > 1.
     """
     if EARLY:
@@ -73,6 +78,8 @@ def _attend_kernel(
     num_queries = tl.minimum(remaining, BLOCK // GROUP)
     position = tl.load(lens_ptr + row) - remaining  # of the first query
     begin = tl.maximum(position - WINDOW + 1, 0) if WINDOW else 0  # the first key that the first query sees
+    if HAS_SKIPS:
+        begin = tl.load(skips_ptr + row * skip_stride) * PAGE_SIZE
     end = position + num_queries  # keys that the last query sees
 
     packed = tl.arange(0, BLOCK)
@@ -154,16 +161,19 @@ class TritonAttention:
         self._shape = shape
         self._max_rows = max_rows
         self._decode_tiles: dict[int, Tensor] = {}  # by queries per row, for max_rows rows
-        self._captured: dict[tuple[int, int, int], Attend] = {}  # by rows, queries per row and the address of slots
-        self._captured_prefills: dict[
-            int, tuple[Tensor, Attend]
-        ] = {}  # by queries: the tiles' buffer, and what reads it
+        self._cascade: Cascade | None = None  # made when it is first needed
+        # By rows, queries per row, the address of slots, and whether prefixes are shared.
+        self._captured: dict[tuple[int, int, int, bool], Attend] = {}
+        self._captured_prefills: dict[int, tuple[Tensor, Attend]] = {}  # by queries: the tiles' buffer, and its reader
 
     def plan_decode(self, rows: Rows) -> Attend:
         """See `Attention`."""
         num_rows, num_queries = len(rows.query_lens), rows.query_lens[0]
         assert all(length == num_queries for length in rows.query_lens)
-        key = num_rows, num_queries, rows.slots.data_ptr()
+        if rows.shared is not None:
+            self._cascade = self._cascade or Cascade(self._shape, self._max_rows, _PROGRAMS // 2)
+            self._cascade.plan(rows.shared)
+        key = num_rows, num_queries, rows.slots.data_ptr(), rows.shared is not None
         if rows.captured and key in self._captured:
             return self._captured[key]
         if num_queries not in self._decode_tiles:
@@ -175,7 +185,11 @@ class TritonAttention:
             triton.next_power_of_2(triton.cdiv(_PROGRAMS, programs)),
             triton.next_power_of_2(triton.cdiv(most_keys, _BLOCK_KEYS)),
         )
-        attend = self._attend(rows, self._decode_tiles[num_queries][:num_rows], num_queries, num_splits)
+        listed = self._decode_tiles[num_queries][:num_rows]
+        if rows.shared is not None:
+            attend = self._attend(rows, listed, num_queries, max(2, num_splits), self._cascade)
+        else:
+            attend = self._attend(rows, listed, num_queries, num_splits)
         if rows.captured:
             self._captured[key] = attend
         return attend
@@ -201,8 +215,11 @@ class TritonAttention:
     def _upload(self, tiles: list[tuple[int, int, int]]) -> Tensor:
         return torch.tensor(tiles, dtype=torch.int32).to(self._shape.device, non_blocking=True)
 
-    def _attend(self, rows: Rows, tiles: Tensor, tile_len: int, num_splits: int) -> Attend:
-        shape = self._shape
+    def _attend(
+        self, rows: Rows, tiles: Tensor, tile_len: int, num_splits: int, cascade: Cascade | None = None
+    ) -> Attend:
+        """`cascade` does what it has planned; it wants several splits, which tell their log-sum-exps."""
+        shape, skips = self._shape, rows.lens if cascade is None else cascade.skips
         group = shape.num_heads // shape.num_kv_heads
         block = max(_DECODE_BLOCK, triton.next_power_of_2(tile_len * group))
         early = early_launch(shape.device)
@@ -227,9 +244,11 @@ class TritonAttention:
                 rows.lens,
                 tiles,
                 q if sinks is None else sinks,
+                skips,
                 q.stride(0),
                 q.stride(1),
                 rows.page_tables.stride(0),
+                skips.stride(0),
                 shape.scale,
                 NUM_HEADS=shape.num_heads,
                 NUM_KV_HEADS=shape.num_kv_heads,
@@ -238,13 +257,18 @@ class TritonAttention:
                 WINDOW=shape.window or 0,
                 SOFT_CAP=shape.soft_cap or 0.0,
                 HAS_SINKS=sinks is not None,
+                HAS_SKIPS=cascade is not None,
                 NUM_SPLITS=num_splits,
                 BLOCK=block,
                 BLOCK_KEYS=_BLOCK_KEYS,
                 num_stages=num_stages,
                 **early,
             )
-            return merge_parts(out, lse, q.dtype) if num_splits > 1 else out
+            own = merge_parts(out, lse, q.dtype) if num_splits > 1 else out
+            if cascade is None:
+                return own
+            own_lse = torch.logsumexp(lse * math.log(2), -1) / math.log(2)
+            return cascade.attend(rows, q, k_pages, v_pages, own, own_lse)
 
         return attend
 
@@ -277,7 +301,7 @@ class TritonAttentionBackend:
 
     captures = True
     captures_prefill = True
-    least_shared = None
+    least_shared = 16384  # as with FlashInfer, not measured
 
     def supports(self, query: OpQuery) -> str | None:
         """CUDA devices; head sizes that are powers of two from 16 on."""
