@@ -18,6 +18,7 @@ from hornbeam.models.index import find_family
 from hornbeam.scheduler.record import RecordingScheduler
 from hornbeam.scheduler.scheduler import Scheduler
 from hornbeam.weights.checkpoint import Checkpoint, open_checkpoint
+from hornbeam.weights.read_ahead import read_early
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ def build_engine(user: Mapping[str, Any]) -> Built:
         FamilyUnavailable: the model's family cannot be used.
     """
     checkpoint = open_checkpoint(Path(user["model_path"]), user.get("load_format", "auto"), _overrides(user))
+    if checkpoint.first_file is not None:
+        read_early(checkpoint.first_file)  # while libraries are imported, the device wakes up and kernels are chosen
     disabled = read_environment().disabled_architectures
     code = checkpoint.path if user.get("trust_remote_code") else None
     family = find_family(checkpoint.hf_config, disabled, user.get("model_impl", "auto"), code)

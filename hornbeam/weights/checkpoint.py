@@ -15,7 +15,7 @@ from hornbeam.weights.gguf import FLOAT_TYPES, read_gguf, split_paths
 from hornbeam.weights.gguf_tensors import GgufTensors, hugging_face_config, special_ids
 from hornbeam.weights.mxfp4_tensors import Mxfp4Tensors
 from hornbeam.weights.safetensors_files import SafetensorsFiles, find_safetensors
-from hornbeam.weights.torch_files import find_torch_files
+from hornbeam.weights.torch_files import TorchFiles, find_torch_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,7 @@ class Checkpoint:
     tokenizer_path: Path  # a folder with tokenizer.json, or the GGUF file
     source: TensorSource  # dummy: holds nothing
     quantized: bool = False  # weights are integers with a scale for each group
+    first_file: Path | None = None  # of the weights, in the order in which they are read; dummy: None
 
 
 def open_checkpoint(path: Path, load_format: str = "auto", overrides: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -69,7 +70,8 @@ def open_checkpoint(path: Path, load_format: str = "auto", overrides: Mapping[st
 def _open_folder(folder: Path, load_format: str) -> Checkpoint:
     config = _read_json(folder / "config.json")
     generation = folder / "generation_config.json"
-    weights_format, source = _find_weights(folder, load_format)
+    weights_format, files = _find_weights(folder, load_format)
+    source: TensorSource = files
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
         source = Mxfp4Tensors(source)
@@ -80,10 +82,11 @@ def _open_folder(folder: Path, load_format: str) -> Checkpoint:
         generation_config=_read_json(generation) if generation.exists() else {},
         tokenizer_path=folder,
         source=source,
+        first_file=files.paths[0] if files.paths else None,
     )
 
 
-def _find_weights(folder: Path, load_format: str) -> tuple[CheckpointFormat, TensorSource]:
+def _find_weights(folder: Path, load_format: str) -> tuple[CheckpointFormat, SafetensorsFiles | TorchFiles]:
     if load_format == "dummy":
         return "dummy", SafetensorsFiles(())
     old = load_format == "auto" and not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin"))
@@ -103,6 +106,7 @@ def _open_gguf(path: Path, load_format: str) -> Checkpoint:
         tokenizer_path=path,
         source=SafetensorsFiles(()) if dummy else GgufTensors(file),
         quantized=not dummy and any(tensor.type_name not in FLOAT_TYPES for tensor in file.tensors.values()),
+        first_file=None if dummy else path,
     )
 
 

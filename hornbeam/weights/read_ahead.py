@@ -50,6 +50,18 @@ def read_ahead(paths: Sequence[Path]) -> Iterator[Callable[[], None]]:
             reader.join()
 
 
+def read_early(path: Path) -> None:
+    """Begin to read `path` in the background, for a reader that will come; it need not wait for the end."""
+    starts = _starts(path) if sys.platform == "linux" else range(0)
+
+    def run(own_starts: range) -> None:
+        for start in own_starts:
+            _read(path, start)
+
+    for first in range(min(_NUM_READERS, len(starts))):
+        threading.Thread(target=run, args=(starts[first::_NUM_READERS],), name="read-early", daemon=True).start()
+
+
 def _starts(path: Path) -> range:
     try:
         return range(0, path.stat().st_size, _CHUNK_BYTES)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from hornbeam.weights import read_ahead as module
-from hornbeam.weights.read_ahead import read_ahead
+from hornbeam.weights.read_ahead import read_ahead, read_early
 
 pytestmark = pytest.mark.pure
 
@@ -28,6 +28,16 @@ def test_all_chunks_of_all_files(tmp_path: Path, read: list[tuple[str, int]]) ->
         while len(read) < 6:
             pass
     assert sorted(read) == [("a", 0), ("a", 10), ("a", 20), ("b", 0), ("b", 10), ("b", 20)]
+
+
+def test_reading_early(tmp_path: Path, read: list[tuple[str, int]]) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(bytes(95))
+    read_early(path)
+    while len(read) < 10:
+        pass
+    assert sorted(start for _, start in read) == list(range(0, 95, 10))
+    read_early(tmp_path / "missing")
 
 
 def test_no_more_than_one_file_ahead(tmp_path: Path, read: list[tuple[str, int]]) -> None:
