@@ -6,6 +6,7 @@ nothing. The device counts as busy with a step from its launch, or the end of th
 
 import dataclasses
 import queue
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from hornbeam.engine.build import build_engine
 from hornbeam.engine.parts import Built, Executor, PendingStep
 from hornbeam.scheduler.scheduler import Scheduler
 
+LARGE = 0.9  # of the most decode rows: steps from there on count as large ones
 STAGES = ("plan", "launch", "wait", "apply", "drain")
 _TIMED = {"plan", "apply", "drain"}  # calls of the scheduler
 
@@ -32,6 +34,7 @@ class Split:
     num_steps: int = 0
     device_busy: float = 0.0
     stages: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    decode_steps: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # rows, seconds to plan and launch
 
     @property
     def rows(self) -> dict[str, float]:
@@ -48,19 +51,30 @@ class Split:
             "waiting for the device": self.stages["wait"],
         }
 
+    @property
+    def large_decode_step(self) -> tuple[int, float]:
+        """The most rows of a step without prompts, and the median of what steps with about as many cost the CPU."""
+        most = max((rows for rows, _ in self.decode_steps), default=0)
+        times = [seconds for rows, seconds in self.decode_steps if rows >= LARGE * most]
+        return most, statistics.median(times) if times else 0.0
+
     def table(self) -> str:
         """For people."""
+        rows, cpu_seconds = self.large_decode_step
         lines = [f"  {'':<26} {'seconds':>9} {'share':>7} {'ms/step':>9}"]
         for name, seconds in self.rows.items():
             share, per_step = seconds / self.seconds, seconds * 1000 / max(1, self.num_steps)
             lines.append(f"  {name:<26} {seconds:>9.3f} {share:>7.1%} {per_step:>9.3f}")
-        return "\n".join([*lines, f"  {self.num_steps} steps in {self.seconds:.3f} s, all runs"])
+        lines.append(f"  {self.num_steps} steps in {self.seconds:.3f} s, all runs")
+        lines.append(f"  to plan and launch a decode step of about {rows} rows: {cpu_seconds * 1000:.3f} ms, median")
+        return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
         """For machines."""
-        return {"num_steps": self.num_steps, "seconds": self.seconds} | {
-            name: round(value, 6) for name, value in self.rows.items()
-        }
+        most_rows, cpu_seconds = self.large_decode_step
+        numbers = {"num_steps": self.num_steps, "seconds": self.seconds, "most_decode_rows": most_rows}
+        numbers["CPU: plan and launch of a large decode step"] = round(cpu_seconds, 6)
+        return numbers | {name: round(value, 6) for name, value in self.rows.items()}
 
 
 class ProfiledEngine(Engine):
@@ -86,6 +100,7 @@ class _Probe:
 
     def __init__(self) -> None:
         self.split = Split()
+        self.last = dict.fromkeys(STAGES, 0.0)  # seconds of each stage's latest turn
         self.steps: queue.Queue[tuple[float, PendingStep]] = queue.Queue()
         threading.Thread(target=self._watch_device, name="hornbeam-probe", daemon=True).start()
 
@@ -101,7 +116,8 @@ class _Probe:
         try:
             yield
         finally:
-            self.split.stages[name] += time.perf_counter() - started
+            self.last[name] = time.perf_counter() - started
+            self.split.stages[name] += self.last[name]
 
     def _watch_device(self) -> None:
         last_end = 0.0
@@ -142,6 +158,9 @@ class _TimedExecutor:
         started = time.perf_counter()
         with self._probe.stage("launch"):
             step = self._executor.launch(plan)
+        if not plan.chunks:
+            seconds = self._probe.last["plan"] + self._probe.last["launch"]
+            self._probe.split.decode_steps.append((len(plan.decode), seconds))
         self._probe.steps.put((started, step))
         return _TimedStep(step, self._probe)
 
