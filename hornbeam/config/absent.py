@@ -195,7 +195,7 @@ _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     (
         "graphs have no further settings",
         "cuda_graph_bs, cuda_graph_max_bs, disable_cuda_graph, disable_prefill_cuda_graph",
-        {"cuda_graph_config": None, "cuda_graph_backend_prefill": None},
+        {"cuda_graph_config": None, "cuda_graph_backend_prefill": "full"},
     ),
     (
         "there are no adapters yet; merge one into the weights",
