@@ -12,6 +12,7 @@ import torch
 from harness import make_engine
 
 from hornbeam.core.request import Request, SamplingParams
+from hornbeam.executor import mixed_graphs
 from hornbeam.executor.graphs import DecodeGraphs, fit_size
 from hornbeam.executor.mixed_graphs import MixedGraphs
 from hornbeam.executor.runner import Runner
@@ -87,9 +88,10 @@ def num_runs(monkeypatch) -> Counter[str]:
 
     facts = CpuPlatform.facts
     monkeypatch.setattr(CpuPlatform, "facts", lambda self: dataclasses.replace(facts(self), graphs=True))
-    monkeypatch.setattr(CpuPlatform, "capture", lambda self, run: (run(), run)[1])
+    monkeypatch.setattr(CpuPlatform, "capture", lambda self, run: (run(), lambda: run())[1])
     for registry in (DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION):
         monkeypatch.setattr(registry, "entries", {"recordable": f"{__name__}:BACKEND", **registry.entries})
+    monkeypatch.setattr(mixed_graphs, "_seconds", lambda run: 2.0 if "_recordable" in run.__qualname__ else 1.0)
     counted(DecodeGraphs, "replay", "decode")
     counted(MixedGraphs, "replay", "mixed")
     counted(Runner, "run", "launched")
@@ -141,6 +143,14 @@ def test_flags(tiny_checkpoint, num_runs, flags, replayed):
     assert generate(tiny_checkpoint, attention_backend="recordable", **flags) == expected
     assert {kind for kind in ("decode", "mixed") if num_runs[kind]} == replayed
     assert num_runs["launched"] > 2 or not flags
+
+
+def test_sizes_that_are_no_faster_are_not_kept(tiny_checkpoint, num_runs, monkeypatch, caplog):
+    times = iter([1.0, 1.0, 1.0, 1.1, 0.5, 1.0])  # replayed and launched, from the largest size on
+    monkeypatch.setattr(mixed_graphs, "_seconds", lambda run: next(times))
+    with caplog.at_level("INFO"):
+        make_engine(tiny_checkpoint, attention_backend="recordable")
+    assert "token counts [32, 64, 96, 128, 160, 192, 256, 320, 384] in" in caplog.text
 
 
 def test_compiled_steps_say_the_same(tiny_checkpoint, num_runs, monkeypatch):

@@ -2,8 +2,8 @@
 
 Decode runs on tensor cores for every group size: it reads the cache once, and so is bound by memory all the same. Each
 batch size has a wrapper in graph mode, captured or not, so that a step gives the same numbers either way. Prefill takes
-FlashAttention-3 on Hopper where its module is there, else FlashAttention-2; recorded prefill of few queries takes the
-latter, too, as it splits their keys over the whole device.
+FlashAttention-3 on Hopper where its module is there, else FlashAttention-2; recorded prefill always the latter, which
+splits the keys of a few queries over the whole device.
 
 Plans are made on the host from upper bounds of lengths, without waiting for the device. Which pages and how many tokens
 a row has is filled in on the device. A length that falls short of its bound by pages may cross a split of the plan,
@@ -32,7 +32,6 @@ _HEAD_DIMS = (64, 128, 256)
 _DTYPES = ("bfloat16", "float16")
 _PREFILL_TILE = 128  # packed queries of FlashAttention-2's largest tile
 _PLAN_BYTES_PER_ROW = 64  # of a decode plan; it takes less than half of it
-_CAPTURED_PLAN_BYTES = 256 << 10  # of a recorded prefill: 28 for each tile of each head
 _LEAST_PREFILL_ROWS = 64  # room for recorded steps, which have more rows than there may be requests
 
 
@@ -53,15 +52,13 @@ class FlashInferAttention:
         self._decodes: dict[int, tuple[BatchDecodeWithPagedKVCacheWrapper, Attend]] = {}
         hopper = torch.cuda.get_device_capability(device) == (9, 0)
         fa3 = hopper and _is_compiled("fa3", shape.dtype, shape.head_dim, shape.window, shape.soft_cap)
-        backend = self._prefill_backend = "fa3" if fa3 else "fa2"
+        backend = "fa3" if fa3 else "fa2"
         # Of pages and keys that are not in the window FlashInfer is not told; the window's first page it masks itself.
         self._masks = {"window_left": (shape.window or 0) - 1, "logits_soft_cap": shape.soft_cap}
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(self._scratch, "NHD", backend=backend)
         self._prompts = BatchPrefillWithRaggedKVCacheWrapper(self._scratch, "NHD", backend=backend)
         self._captured_prefills: dict[int, tuple[BatchPrefillWithPagedKVCacheWrapper, Attend]] = {}  # by queries
-        self._captured_scratch = self._scratch
-        self._captured_plan = torch.empty(_CAPTURED_PLAN_BYTES, dtype=torch.uint8, device=device)
-        self._num_processors = num_processors
+        self._captured_scratch, self._captured_plan = self._scratch, torch.empty_like(self._plan_buffer)
 
     def plan_decode(self, rows: Rows) -> Attend:
         """See `Attention`."""
@@ -204,8 +201,6 @@ class FlashInferAttention:
         needed = _captured_scratch_bytes(shape, num_queries, num_rows)
         if needed > len(self._captured_scratch):
             self._captured_scratch = torch.zeros(needed, dtype=torch.uint8, device=shape.device)
-        num_tiles = num_queries // _PREFILL_TILE * shape.num_heads
-        fills = num_tiles >= 0.4 * self._num_processors  # else splitting the keys is worth more
         wrapper = BatchPrefillWithPagedKVCacheWrapper(
             self._captured_scratch,
             "NHD",
@@ -214,7 +209,7 @@ class FlashInferAttention:
             paged_kv_indptr_buf=pages.indptr[: num_rows + 1],
             paged_kv_indices_buf=pages.indices,
             paged_kv_last_page_len_buf=pages.last_page_lens[:num_rows],
-            backend=self._prefill_backend if fills else "fa2",
+            backend="fa2",
         )
         wrapper.reset_workspace_buffer(self._captured_scratch, self._captured_plan)  # as in `_make_decode`
         return wrapper, _attend_pages(wrapper)
