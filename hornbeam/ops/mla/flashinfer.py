@@ -26,7 +26,7 @@ from hornbeam.ops.query import OpQuery
 
 _DTYPES = ("bfloat16", "float16")
 _TILE = 128  # packed queries of the largest tile of absorbed attention
-_MOST_TILES = 2**13  # of absorbed prefill; a plan has room for twice as many, splits included, and does not check
+_MOST_TILES = 2**14 - 256  # of an absorbed plan, which does not check its 2**14; some are cut in two or more
 _RAGGED_PLAN_BYTES = 2**22  # enough for 128 heads of 2**16 tokens of 500 rows
 
 
@@ -91,7 +91,7 @@ class FlashInferLatentAttention:
         )
         self._decode_attend = LatentAttend(absorbed=True, run=self._run(self._decode[0]))
         ragged: Ragged = FlashInferRagged(shape) if _ragged_is_compiled(shape) else TritonRagged(shape)
-        most_absorbed = _MOST_TILES * _TILE // shape.num_heads - max_rows
+        most_absorbed = (_MOST_TILES - max_rows) * _TILE // shape.num_heads
         self._prefill = LatentPrefill(shape, ragged, self._plan_absorbed, most_absorbed)
 
     def plan_decode(self, rows: Rows) -> LatentAttend:

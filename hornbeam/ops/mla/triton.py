@@ -27,9 +27,8 @@ _LEAST_TILE = 16  # heads of a decode tile, and of one in float32, which fills r
 _MAX_SPLITS = 32
 _PROGRAMS = 256  # enough to fill a large device
 _FUSED_TOKENS = 8  # the most for which values are made while parts are merged
-_BLOCK_VALUES = 16
+_BLOCK_VALUES = 32
 _BLOCK_KEYS = 64
-_NUM_WARPS = 8
 
 
 # Slots come out of an upload at any offset: specialised on alignment, the kernel would be compiled twice.
@@ -248,8 +247,8 @@ class TritonLatentAttention:
                 PAGE_SIZE=shape.page_size,
                 NUM_SPLITS=num_splits,
                 BLOCK=block,
-                BLOCK_KEYS=_BLOCK_KEYS if half else 32,
-                num_warps=_NUM_WARPS,
+                BLOCK_KEYS=_BLOCK_KEYS if half else _BLOCK_KEYS // 2,
+                num_warps=8,
                 num_stages=2 if half else 1,  # rows of each stage wait in shared memory
                 **early,
             )
