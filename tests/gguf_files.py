@@ -36,10 +36,11 @@ def write_mixture(path: Path, architecture: str, folder: Path, tensors: dict[str
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_key_length(head_dim)
+    writer.add_key_length(config["qk_nope_head_dim"] + head_dim if "qk_nope_head_dim" in config else head_dim)
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_rope_dimension_count(head_dim)
-    writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
+    num_experts = next(config[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in config)
+    writer.add_expert_count(num_experts)
     writer.add_expert_used_count(config["num_experts_per_tok"])
     for name, value in metadata.items():
         getattr(writer, f"add_{name}")(value)

@@ -47,6 +47,7 @@ ARCHITECTURES: dict[str, str] = {
     "gguf:exaone4": "llama",
     "gguf:internlm2": "llama",
     "gguf:seed_oss": "llama",
+    "gguf:deepseek2+experts": "deepseek",
     "gguf:gpt-oss+experts": "gpt_oss",
     "gguf:llama+experts": "mixtral",
     "gguf:qwen2moe+experts": "qwen_moe",

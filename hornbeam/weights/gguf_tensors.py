@@ -41,6 +41,18 @@ _CONFIG_KEYS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "expert_shared_count": "n_shared_experts",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+    "expert_gating_func": "expert_gating_func",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "attention.q_lora_rank": "q_lora_rank",
+    "attention.kv_lora_rank": "kv_lora_rank",
+    "attention.key_length_mla": "qk_head_dim",
+    "attention.value_length_mla": "v_head_dim",
+    "attention.value_length": "value_length",
 }
 _TENSOR_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_TENSOR_NAMES = {
@@ -50,6 +62,12 @@ _LAYER_TENSOR_NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
@@ -68,8 +86,25 @@ _BETWEEN_NORMS = {"blk.0.ffn_norm.weight", "blk.0.post_attention_norm.weight"}  
 _ROPE_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 _SINGLE_FACTORS = "rope_freqs.weight"  # the same for contexts of any length
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<what>\w+)\.(?P<kind>weight|bias)")
+_WHOLE_NAMES = {"attn_sinks": "self_attn.sinks", "exp_probs_b": "mlp.gate.e_score_correction_bias"}
+_KEYS, _VALUES = "attn_k_b.weight", "attn_v_b.weight"  # of a latent: there, one projection makes both
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.(weight|bias)")  # those of all experts in one tensor
 _DTYPES = {"F32": "float32", "F16": "float16"}  # of blocks, whose numbers had the range of bfloat16: that
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeysAndValues:
+    """One projection of a latent of R features, head by head to a key and a value, in two tensors."""
+
+    name: str
+    keys: GgufTensor  # [H, R, K]
+    values: GgufTensor  # [H, V, R]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the projection."""
+        num_heads, rank, key_size = self.keys.shape
+        return num_heads * (key_size + self.values.shape[1]), rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +119,18 @@ class GgufTensors:
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, "Tensor"]]:
         """The named tensors in file order. Raises ConfigError for a block format that is not supported."""
-        from hornbeam.quant.gguf import dequantize  # imports torch, which the server process does without
-
         for name, tensor in self._tensors().items():
             if name in names:
                 try:
-                    yield name, dequantize(tensor.data, tensor.type_name, tensor.shape)
+                    yield name, _decoded(tensor)
                 except ConfigError as error:
                     raise ConfigError(f"{self.file.path}: tensor {tensor.name}: {error}") from error
 
-    def _tensors(self) -> dict[str, GgufTensor]:
+    def _tensors(self) -> dict[str, GgufTensor | _KeysAndValues]:
         factors = (_SINGLE_FACTORS, *_ROPE_FACTORS.values())  # told by the config
         tensors = {name: tensor for name, tensor in self.file.tensors.items() if name not in factors}
         between = tensors.keys() >= _BETWEEN_NORMS
-        named: dict[str, GgufTensor] = {}
+        named: dict[str, GgufTensor | _KeysAndValues] = {}
         for name, tensor in tensors.items():
             if match := _EXPERTS.fullmatch(name):
                 layer, what, kind = match.groups()
@@ -105,9 +138,23 @@ class GgufTensors:
                 named |= {places.format(expert): part for expert, part in enumerate(_unstacked(tensor))}
             elif "_inp_shexp." in name:  # a matrix of one row
                 named[hugging_face_name(name)] = dataclasses.replace(tensor, shape=(1, tensor.shape[-1]))
-            else:
+            elif name.endswith(_KEYS):
+                values = tensors[name.replace(_KEYS, _VALUES)]
+                name = name.replace(_KEYS, "attn_kv_b.weight")
+                named[hugging_face_name(name)] = _KeysAndValues(name=name, keys=tensor, values=values)
+            elif not name.endswith(_VALUES):
                 named[hugging_face_name(name, between_norms=between)] = tensor
         return named
+
+
+def _decoded(tensor: GgufTensor | _KeysAndValues) -> "Tensor":
+    import torch  # which the server process does without
+
+    from hornbeam.quant.gguf import dequantize
+
+    if isinstance(tensor, GgufTensor):
+        return dequantize(tensor.data, tensor.type_name, tensor.shape)
+    return torch.cat((_decoded(tensor.keys).transpose(1, 2), _decoded(tensor.values)), 1).flatten(0, 1)
 
 
 def _unstacked(tensor: GgufTensor) -> list[GgufTensor]:
@@ -127,8 +174,8 @@ def hugging_face_name(name: str, *, between_norms: bool = False) -> str:
     layer, what, kind = match.group("layer", "what", "kind")
     if layer is None:
         return f"{_TENSOR_NAMES.get(what, what)}.{kind}"
-    if what == "attn_sinks":
-        return f"model.layers.{layer}.self_attn.sinks"
+    if what in _WHOLE_NAMES:
+        return f"model.layers.{layer}.{_WHOLE_NAMES[what]}"
     if between_norms and what == "ffn_norm":
         return f"model.layers.{layer}.pre_feedforward_layernorm.{kind}"
     return f"model.layers.{layer}.{_LAYER_TENSOR_NAMES[what]}.{kind}" if what in _LAYER_TENSOR_NAMES else name
@@ -194,6 +241,8 @@ def _rope_scaling(file: GgufFile, architecture: str) -> dict[str, Any]:
         "original_max_position_embeddings": get(key + "original_context_length"),
         "attention_factor": get(key + "attn_factor"),
     }
+    if multiplier := get(key + "yarn_log_multiplier"):
+        scaling |= {"mscale": 10 * multiplier, "mscale_all_dim": 10 * multiplier}
     if _SINGLE_FACTORS in file.tensors:
         factors = _numbers(file, _SINGLE_FACTORS)
         scaling |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0}

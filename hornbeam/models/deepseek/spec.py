@@ -11,6 +11,8 @@ from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import MixtureShape, Placement
 from hornbeam.core.fp8 import read_fp8
 from hornbeam.layers.decoder_config import DecoderConfig, LatentShape, read_decoder
+from hornbeam.models.deepseek.gguf import ARCHITECTURE as GGUF
+from hornbeam.models.deepseek.gguf import has_sigmoid, with_usual_names
 from hornbeam.models.deepseek.weights import weight_map
 from hornbeam.ops.rope.scaling import YarnScaling
 
@@ -68,6 +70,7 @@ class DeepseekFamily:
 
     def parse(self, hf_config: Mapping[str, Any]) -> DeepseekConfig:
         """Read a Hugging Face config. Raises ConfigError for what is missing, malformed or not implemented."""
+        hf_config = with_usual_names(hf_config)
         for setting, supported in (
             ("hidden_act", "silu"),
             ("mlp_bias", False),
@@ -94,7 +97,7 @@ class DeepseekFamily:
             mixture=mixture,
             tie_word_embeddings=read.switch("tie_word_embeddings"),
             latent=latent,
-            gate=_parse_gate(read, ROWS[shared["architecture"]], mixture),
+            gate=_parse_gate(read, _row(shared["architecture"], hf_config), mixture),
             intermediate_size=read.size("intermediate_size"),
             sparse_layers=tuple(layer >= num_dense and layer % interval == 0 for layer in layers),
             shared_size=read.size("n_shared_experts", 0, least=0) * mixture.intermediate_size,
@@ -158,6 +161,11 @@ def _sharpness(read: ConfigReader, scaling: object) -> float:
     if not isinstance(scaling, YarnScaling) or not rope.values.get("mscale_all_dim"):
         return 1.0
     return (0.1 * rope.number("mscale_all_dim") * math.log(max(scaling.factor, 1.0)) + 1) ** 2
+
+
+def _row(architecture: str, hf_config: Mapping[str, Any]) -> Row:
+    version = 3 if has_sigmoid(hf_config) else 2
+    return ROWS[f"DeepseekV{version}ForCausalLM" if architecture == GGUF else architecture]
 
 
 def _parse_gate(read: ConfigReader, row: Row, mixture: MixtureShape) -> Gate:

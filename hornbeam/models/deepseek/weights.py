@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from hornbeam.core.family import Placement
 from hornbeam.layers.decoder_config import expert_weights, frame_weights, mlp_weights
+from hornbeam.models.deepseek.gguf import ARCHITECTURE as GGUF
 
 if TYPE_CHECKING:
     from hornbeam.models.deepseek.spec import DeepseekConfig
@@ -40,5 +41,6 @@ def weight_map(config: "DeepseekConfig") -> dict[str, Placement]:
             places[f"{theirs}.gate.e_score_correction_bias"] = Placement(parameter=f"{ours}.correction")
         places |= expert_weights(f"{theirs}.experts", f"{ours}.experts", config.mixture.num_experts)
         if config.shared_size:
-            places |= mlp_weights(f"{theirs}.shared_experts", f"{ours}.shared.mlp")
+            name = "shared_expert" if config.architecture == GGUF else "shared_experts"
+            places |= mlp_weights(f"{theirs}.{name}", f"{ours}.shared.mlp")
     return places
