@@ -181,7 +181,7 @@ class TritonExperts:
         if 0 < len(x) <= _FEW_TOKENS and self._shape.fp8 is None:
             return run_few_tokens(x, weights, ids, experts, self._shape.unit)
         if self._table.untried and x.is_cuda:
-            self._compile(x[:1], weights[:1], ids[:1], experts)
+            self._compile(x, weights, ids, experts)
         return self.run(x, weights, ids, experts, self._table.of(x.shape[0]))
 
     def _compile(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights) -> None:

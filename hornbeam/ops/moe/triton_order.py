@@ -13,6 +13,7 @@ from torch import Tensor
 from hornbeam.ops.launch import early_launch
 
 _CHUNK = 2048  # pairs that a program looks at together
+_SMALL_CHUNK = 256  # if there are no more
 _SEGMENTS = 8  # in which more pairs than that are taken
 
 
@@ -40,7 +41,7 @@ def _histogram(ids_ptr, first, end, CHUNK: tl.constexpr, EXPERTS: tl.constexpr, 
     return tl.where(tl.arange(0, BINS) < EXPERTS, counts, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "span"])
 def _count_kernel(
     ids_ptr,
     counts_ptr,
@@ -63,7 +64,7 @@ def _count_kernel(
     tl.store(counts_ptr + tl.program_id(0) * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "span"])
 def _order_kernel(
     ids_ptr,
     counts_ptr,
@@ -127,9 +128,9 @@ def order_by_expert(ids: Tensor, num_experts: int, block_m: int) -> Order:
         top_k=ids.shape[1],
     )
     bins = triton.next_power_of_2(num_experts + 1)
-    counts, segments, chunk = ids, 1, max(16, triton.next_power_of_2(num_pairs))
+    counts, segments, chunk = ids, 1, _SMALL_CHUNK if num_pairs <= _SMALL_CHUNK else _CHUNK
     if num_pairs > _CHUNK:
-        counts, segments, chunk = ids.new_empty(_SEGMENTS, bins), _SEGMENTS, _CHUNK
+        counts, segments = ids.new_empty(_SEGMENTS, bins), _SEGMENTS
     span = triton.cdiv(num_pairs, segments * chunk) * chunk
     early = early_launch(ids.device)
     if segments > 1:
