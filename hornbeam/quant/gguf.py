@@ -34,6 +34,11 @@ def dequantize(data: npt.NDArray[np.uint8], type_name: str, shape: tuple[int, ..
     return decode(torch.from_numpy(data.copy())).view(shape)  # a copy: torch has no read-only tensors
 
 
+def join_heads(keys: Tensor, values: Tensor) -> Tensor:
+    """The projection of R features to a key and a value for each head: [H, R, K], [H, V, R] -> [H (K + V), R]."""
+    return torch.cat((keys.transpose(1, 2), values), 1).flatten(0, 1)
+
+
 def _floats(raw: Tensor, dtype: torch.dtype) -> Tensor:
     return raw.view(dtype).float()
 

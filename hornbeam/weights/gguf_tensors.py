@@ -148,13 +148,11 @@ class GgufTensors:
 
 
 def _decoded(tensor: GgufTensor | _KeysAndValues) -> "Tensor":
-    import torch  # which the server process does without
-
-    from hornbeam.quant.gguf import dequantize
+    from hornbeam.quant.gguf import dequantize, join_heads  # imports torch, which the server process does without
 
     if isinstance(tensor, GgufTensor):
         return dequantize(tensor.data, tensor.type_name, tensor.shape)
-    return torch.cat((_decoded(tensor.keys).transpose(1, 2), _decoded(tensor.values)), 1).flatten(0, 1)
+    return join_heads(_decoded(tensor.keys), _decoded(tensor.values))
 
 
 def _unstacked(tensor: GgufTensor) -> list[GgufTensor]:
