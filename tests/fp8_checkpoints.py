@@ -107,12 +107,13 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], scales: dict[str, Tensor]
             and hasattr(module, "down_proj")
             and isinstance(module.down_proj, nn.Parameter)
         ):
-            experts = [
-                [
-                    Rounding(tensors.pop(f"{name}.{e}.{part}.weight"), None, power_of_two, False)
-                    for part in ("gate_proj", "up_proj", "down_proj")
-                ]
+            parts = [
+                [f"{name}.{e}.{part}_proj.weight" for part in ("gate", "up", "down")]
                 for e in range(len(module.down_proj))
+            ]
+            experts = [
+                [Rounding(tensors.pop(part), None, power_of_two, f"{part}_scale_inv" not in scales) for part in expert]
+                for expert in parts
             ]
             module.forward = experts_forward(experts)
         elif isinstance(module, nn.Linear) and f"{name}.weight_scale_inv" in scales:

@@ -11,6 +11,7 @@ from torch import nn
 
 from hornbeam.layers.attention import Attention
 from hornbeam.layers.forward import Model
+from hornbeam.layers.linear import Linear
 from hornbeam.layers.mla import LatentAttention
 from hornbeam.layers.moe import MoE
 
@@ -29,6 +30,9 @@ def compiled(model: Model) -> Model:
             _hide(module, "attend")
         elif isinstance(module, LatentAttention | MoE):
             _hide(module, "forward")
+        elif isinstance(module, Linear) and module.scales is not None:
+            for method in ("forward", "gated", "normed"):
+                _hide(module, method)
     return cast(Model, torch.compile(model))
 
 

@@ -70,7 +70,7 @@ def choose_kernels(
         activation=chosen(ACTIVATION, query, probes.activation, plain),
         decode_attention=_choose(decode, query, attention_probe, decode_attention),
         experts=_choose(EXPERTS, query, probes.experts) if query.mixture else None,
-        fp8_linear=_choose(FP8_LINEAR, query, probes.fp8_linear) if query.fp8 else None,
+        fp8_linear=_choose(FP8_LINEAR, query, probes.fp8_linear, plain) if query.fp8 else None,
         latent_rows=_choose(LATENT_ROWS, query, probes.latent_rows) if latent else None,
         linear=chosen(LINEAR, query, probes.linear, plain),
         norm=chosen(NORM, query, probes.norm, plain),

@@ -60,6 +60,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dense, biases": ("qwen2", {k: v for k, v in DENSE.items() if k != "head_dim"} | {"hidden_size": 256}, {}),
     "dense, some plain": ("qwen3", DENSE, {"plain": ("0.self_attn.q", "0.self_attn.k", "0.self_attn.v", "1.mlp.down")}),
     "mixture": ("qwen3_moe", MIXTURE, {"plain": ("mlp.gate.",)}),
+    "mixture, some experts plain": ("qwen3_moe", MIXTURE, {"plain": ("mlp.gate.", "layers.1.mlp.experts.")}),
 }
 
 
