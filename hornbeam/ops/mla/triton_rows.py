@@ -166,13 +166,13 @@ def _absorb_kernel(
             _turn(q + NOPE_DIM, out + RANK, table, present, HALF, HALF_BLOCK, BLOCK_TOKENS)
     else:
         local = part * ROWS + tl.arange(0, ROWS)
-        tokens = (tl.program_id(2) * BLOCK_TOKENS + local).to(tl.int64)[:, None]
-        present = (local < BLOCK_TOKENS)[:, None] & (tokens < num_tokens)
-        row = row_ptr + tokens * row_stride
-        cell = pages_ptr + tl.load(rows_ptr + tokens, mask=present, other=0) * ROW
-        table = table_ptr + tl.load(positions_ptr + tokens, mask=present, other=0) * (2 * HALF)
+        mine = (tl.program_id(2) * BLOCK_TOKENS + local).to(tl.int64)[:, None]
+        known = (local < BLOCK_TOKENS)[:, None] & (mine < num_tokens)
+        row = row_ptr + mine * row_stride
+        cell = pages_ptr + tl.load(rows_ptr + mine, mask=known, other=0) * ROW
+        angles = table_ptr + tl.load(positions_ptr + mine, mask=known, other=0) * (2 * HALF)
         _store_row(
-            row, cell, table, weight_ptr, present, eps,
+            row, cell, angles, weight_ptr, known, eps,
             RANK, HALF, RANK_BLOCK, HALF_BLOCK, ROWS, IN_PLACE=False,
         )  # fmt: skip
 
