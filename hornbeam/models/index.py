@@ -13,6 +13,10 @@ from hornbeam.core.registry import Registry
 from hornbeam.weights.wheel import WheelFile
 
 ARCHITECTURES: dict[str, str] = {
+    "CohereForCausalLM": "cohere",
+    "Cohere2ForCausalLM": "cohere",
+    "gguf:command-r": "cohere",
+    "gguf:cohere2": "cohere",
     "DeepseekV2ForCausalLM": "deepseek",
     "DeepseekV3ForCausalLM": "deepseek",
     "Gemma2ForCausalLM": "gemma",
@@ -56,6 +60,7 @@ ARCHITECTURES: dict[str, str] = {
 FAMILIES: Registry[None, ModelFamily] = Registry(
     "models",
     {
+        "cohere": "hornbeam.models.cohere.spec:FAMILY",
         "deepseek": "hornbeam.models.deepseek.spec:FAMILY",
         "gemma": "hornbeam.models.gemma.spec:FAMILY",
         "gpt_oss": "hornbeam.models.gpt_oss.spec:FAMILY",

@@ -130,12 +130,13 @@ def draw_dummy(model: nn.Module, seed: int) -> None:
 
 
 def unpermute_heads(tensor: Tensor, num_heads: int) -> Tensor:
-    """Undo GGUF's row order of query and key projections.
+    """Undo the row order of query and key projections of models that rotate neighbours.
 
-    There, rows i and i + D/2 of each head of D rows stand side by side, because its rotation pairs neighbours.
-    tensor: [num_heads * D, ...]; returns the same shape with the pairs D/2 apart again.
+    There, as in most GGUF files, what are rows i and i + D/2 of each head of D rows here stand side by side.
+    tensor: [num_heads * D, ...] or [num_heads, D]; returns the same shape with the pairs D/2 apart again.
     """
-    heads = tensor.view(num_heads, -1, 2, *tensor.shape[1:])
+    others = tensor.shape[1:] if tensor.shape[0] > num_heads else ()
+    heads = tensor.view(num_heads, -1, 2, *others)
     return heads.transpose(1, 2).reshape(tensor.shape)
 
 
