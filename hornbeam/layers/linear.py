@@ -68,7 +68,7 @@ class Linear(nn.Module):
     def fuses(self, num_rows: int, *, gated: bool) -> bool:
         """Whether `normed` is worth it for so many rows."""
         if self._fp8 is not None:
-            return 1 <= num_rows <= (self._fp8.gated_rows if gated else self._fp8.fused_rows)
+            return not gated and 1 <= num_rows <= self._fp8.fused_rows
         if self._packed is not None:
             return self._packed.fuses(gated=gated)
         return 1 <= num_rows <= self.product.fused_rows
@@ -76,7 +76,8 @@ class Linear(nn.Module):
     def normed(self, x: Tensor, residual: Tensor | None, norm: InputNorm, *, gated: bool) -> tuple[Tensor, Tensor]:
         """See `LinearProduct.normed`."""
         if self._fp8 is not None:
-            return self._fp8.normed(x, residual, norm, self._fp8_weight(), self.bias, gated=gated)
+            assert not gated, "down takes gate and up"
+            return self._fp8.normed(x, residual, norm, self._fp8_weight(), self.bias)
         if self._packed is not None:
             return self._packed.normed(x, residual, norm, self.bias, gated=gated)
         return self.product.normed(x, residual, norm, self.weight, self.bias, gated=gated)

@@ -111,8 +111,7 @@ class Fp8Product(Protocol):
     Sums are in float32, the result has the dtype of `x`. How a row is rounded depends on it alone, not on the batch.
     """
 
-    fused_rows: int  # as in `LinearProduct`
-    gated_rows: int  # the most tokens for which `normed` is worth it with a gate; for more, `gated` is
+    fused_rows: int  # the most tokens for which `normed` is worth it
 
     def supports(self, query: OpQuery) -> str | None:
         """None, or the reason why not."""
@@ -121,19 +120,12 @@ class Fp8Product(Protocol):
         """x [T, K], bias [N] -> x W^T + b, [T, N]."""
 
     def gated(self, x: Tensor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
-        """The same of silu(first half) * second half of x [T, 2 K]."""
+        """The same of silu(first half) * second half of x [T, 2 K], in the dtype of `x` before it is rounded."""
 
     def normed(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        norm: InputNorm,
-        weight: Fp8Weight,
-        bias: Tensor | None,
-        *,
-        gated: bool,
+        self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Fp8Weight, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """See `LinearProduct.normed`. What is normalised, and what is gated, is in the dtype of `x` first."""
+        """The same of norm(x + residual), and x + residual [T, K]; x and residual [T, K] stay as they are."""
 
 
 FP8_LINEAR: Registry[OpQuery, Fp8Product] = Registry(

@@ -19,7 +19,7 @@ _SMALLEST_RANGE = 1e-10  # of zeros, which must not be divided by zero
 class ReferenceFp8:
     """Serves every device and shape."""
 
-    fused_rows = gated_rows = 0
+    fused_rows = 0
 
     def supports(self, query: OpQuery) -> str | None:
         """Always."""
@@ -36,19 +36,11 @@ class ReferenceFp8:
         return self.linear(ReferenceActivation().silu_mul(x), weight, bias)
 
     def normed(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        norm: InputNorm,
-        weight: Fp8Weight,
-        bias: Tensor | None,
-        *,
-        gated: bool,
+        self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Fp8Weight, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See `Fp8Product`."""
         total = x if residual is None else x + residual
-        out = self.linear(ReferenceNorm().rms_norm(total, norm.weight, norm.eps), weight, bias)
-        return ReferenceActivation().silu_mul(out) if gated else out, total
+        return self.linear(ReferenceNorm().rms_norm(total, norm.weight, norm.eps), weight, bias), total
 
 
 def round_rows(x: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ _ROWS_MULTIPLE = 4
 
 
 @triton.jit
-def scales_of(largest, POWER_OF_TWO: tl.constexpr):
+def _scales(largest, POWER_OF_TWO: tl.constexpr):
     """Of groups whose largest magnitudes are given, float32."""
     scales = tl.div_rn(tl.maximum(largest, 1e-10), 448.0)
     if POWER_OF_TWO:
@@ -28,7 +28,7 @@ def scales_of(largest, POWER_OF_TWO: tl.constexpr):
 @triton.jit
 def _store_rounded(x, out_ptr, scales_ptr, row, groups, scale_stride, SIZE: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """Groups [G, 128] of a row, float32."""
-    scales = scales_of(tl.max(tl.abs(x), 1), POWER_OF_TWO)
+    scales = _scales(tl.max(tl.abs(x), 1), POWER_OF_TWO)
     x = tl.clamp(x * tl.div_rn(1.0, scales)[:, None], -448.0, 448.0)
     features = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
     tl.store(out_ptr + row * SIZE + features, x.to(tl.float8e4nv), mask=features < SIZE)

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hornbeam.ops.activation.triton import BACKEND as ACTIVATION
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import early_launch
 from hornbeam.ops.linear.contract import SCALE_BLOCK, Fp8Weight, InputNorm
@@ -21,8 +20,8 @@ from hornbeam.ops.query import OpQuery
 
 _LIBRARY_ROWS = 128  # from which on it is faster
 _PROGRAMS = 224  # that share a product of few rows
-_LEAST_GROUPS = 8  # of each
-_GROUPS_AHEAD = 4
+_LEAST_GROUPS = 8  # of features, of each of them
+_GROUPS_AHEAD = 4  # of weights that a program fetches before the kernel ahead has ended
 _MAX_SPLIT_TILES = _PROGRAMS // 2
 
 
@@ -121,7 +120,6 @@ class TritonFp8:
     """See `Fp8Product`."""
 
     fused_rows = 2**31 - 1
-    gated_rows = 0
 
     def supports(self, query: OpQuery) -> str | None:
         """CUDA devices that multiply such numbers."""
@@ -138,19 +136,11 @@ class TritonFp8:
         return _product(x, round_rows(x, power_of_two=weight.power_of_two, gated=True), weight, bias)
 
     def normed(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        norm: InputNorm,
-        weight: Fp8Weight,
-        bias: Tensor | None,
-        *,
-        gated: bool,
+        self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Fp8Weight, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See `Fp8Product`."""
         rounded, total = round_normed(x, residual, norm, power_of_two=weight.power_of_two)
-        out = _product(x, rounded, weight, bias)
-        return ACTIVATION.silu_mul(out) if gated else out, total
+        return _product(x, rounded, weight, bias), total
 
 
 def _product(x: Tensor, rounded: tuple[Tensor, Tensor], weight: Fp8Weight, bias: Tensor | None) -> Tensor:
