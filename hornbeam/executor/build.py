@@ -88,9 +88,10 @@ def build_executor(
     executor = Executor(runner=runner, platform=platform, state=state, sampler=sampler)
 
     # One page is enough to run the largest step on; its activations then stay in the allocator, so free means free.
+    # Where there are no graphs, nothing is compiled, and memory is not the allocator's.
     with _told(platform, "the largest step", "lower --chunked-prefill-size or --max-running-requests"):
         executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device))
-        _warm_up(executor, num_slots, _largest_chunk(options))
+        _warm_up(executor, num_slots, _largest_chunk(options) if platform.facts().graphs else 1)
     num_pages = _num_pages(specs, options, platform)
     with _told(platform, "the key-value cache", "lower --mem-fraction-static"), platform.tagged("kv"):
         executor.use_pool(CachePool(specs, num_pages, page_size, platform.device))

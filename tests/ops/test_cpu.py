@@ -13,6 +13,9 @@ from hornbeam.ops.activation.reference import ReferenceActivation
 from hornbeam.ops.attention.contract import AttentionBackend
 from hornbeam.ops.attention.cpu import BACKEND as CPU_ATTENTION
 from hornbeam.ops.attention.native import BACKEND as NATIVE_ATTENTION
+from hornbeam.ops.linear.contract import InputNorm
+from hornbeam.ops.linear.native import BACKEND as NATIVE_LINEAR
+from hornbeam.ops.linear.reference import ReferenceLinear
 from hornbeam.ops.native.library import needs_library
 from hornbeam.ops.norm.cpu import CpuNorm
 from hornbeam.ops.norm.reference import ReferenceNorm
@@ -107,6 +110,37 @@ def test_pages_of_any_size(page_size: int, window: int | None) -> None:
     pages = (x.view(-1, page_size, *x.shape[2:]) for x in (case.k_pages, case.v_pages))
     actual = NATIVE_ATTENTION.create(shape, 2).plan_prefill(rows)(case.q, *pages)
     torch.testing.assert_close(actual, expected_output(case, None).float(), **TOLERANCE)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 5, 8, 13, 70])
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 96), (576, 130), (33, 7)])
+def test_linear(num_in: int, num_out: int, num_rows: int) -> None:
+    x, weight = torch.randn(num_rows, num_in + 3)[:, :num_in], torch.randn(num_out, num_in)
+    for bias in (None, torch.randn(num_out)):
+        expected = ReferenceLinear().linear(x, weight, bias)
+        torch.testing.assert_close(NATIVE_LINEAR.linear(x, weight, bias), expected, rtol=1e-5, atol=1e-4)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 96), (70, 130)])
+def test_fused_linear(num_in: int, num_out: int, has_residual: bool, gated: bool) -> None:
+    x, residual = torch.randn(11, num_in), torch.randn(11, num_in) if has_residual else None
+    weight, bias, norm = (
+        torch.randn(num_out, num_in),
+        torch.randn(num_out),
+        InputNorm(weight=torch.rand(num_in), eps=1e-5),
+    )
+    for actual, expected in zip(
+        *(
+            backend.normed(x, residual, norm, weight, bias, gated=gated)
+            for backend in (NATIVE_LINEAR, ReferenceLinear())
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", [CpuQkv(), pytest.param(NativeQkv(), marks=NEEDS_NATIVE)], ids=["torch", "native"])

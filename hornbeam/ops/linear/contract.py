@@ -42,7 +42,12 @@ class LinearProduct(Protocol):
 
 
 LINEAR: Registry[OpQuery, LinearProduct] = Registry(
-    "linear", {"triton": "hornbeam.ops.linear.triton:BACKEND", "reference": "hornbeam.ops.linear.reference:BACKEND"}
+    "linear",
+    {
+        "triton": "hornbeam.ops.linear.triton:BACKEND",
+        "native": "hornbeam.ops.linear.native:BACKEND",
+        "reference": "hornbeam.ops.linear.reference:BACKEND",
+    },
 )
 
 

@@ -1,6 +1,6 @@
-/* Products of float32 activations with weights of four or eight bits.
+/* Products of float32 activations with weights of four, eight or 32 bits.
  *
- * A weight is scale * code + minimum, where the code is unsigned and 32 inputs of an output share the two float16
+ * Those of 32 bits are floats, row by row. Of the others, a weight is scale * code + minimum, where the code is unsigned and 32 inputs of an output share the two float16
  * numbers. A row of activations becomes int8, with a scale for the same 32 inputs: the largest magnitude is 127. Where
  * that is far above the row's usual magnitude, what was rounded off is kept, too, as int8 with a scale 254 times as
  * fine: few groups hold such outliers, but most of the error would come from them.
@@ -30,7 +30,7 @@ static const float OUTLIER = 5; /* a group's largest magnitude, in root mean squ
 
 /* A weight matrix [outputs, inputs]. */
 struct weights {
-    uint8_t *tiles;
+    void *data; /* tiles, or rows of floats */
     int64_t inputs, outputs, bits;
 };
 
@@ -47,9 +47,10 @@ struct remainder {
     int32_t row; /* of the block */
 };
 
-/* Up to MOST_ROWS rows of activations, group by group. */
+/* Up to MOST_ROWS rows of activations: as floats, and rounded, group by group. */
 struct block {
     int rows;
+    float *prepared;           /* [rows, groups * GROUP] */
     struct activations *first; /* [groups, rows] */
     struct remainder *second;  /* of those groups that have one, in order */
     int32_t *second_ends;      /* [groups]: where each group's end */
@@ -63,7 +64,6 @@ struct product {
     float *total, *out; /* [rows, inputs] if there is a residual, and [rows, outputs] or, gated, half of that */
     int rows, gated, tiles_per_task;
     struct block *blocks;
-    float *prepared; /* [rows, groups * GROUP]: what is quantized */
 };
 
 INLINE int ceil_div(int64_t a, int64_t b) { return (int)((a + b - 1) / b); }
@@ -128,17 +128,18 @@ static int quantize_group(const float *x, float usual, struct activations *first
     return 1;
 }
 
-static void quantize_task(const void *context, int task) {
+static void prepare_task(const void *context, int task) {
     const struct product *p = context;
     const struct block *block = p->blocks + task;
     int groups = num_groups(p->weights), count = 0;
-    float usual[MOST_ROWS], *rows = p->prepared + (int64_t)task * MOST_ROWS * groups * GROUP;
+    float usual[MOST_ROWS];
     for (int r = 0; r < block->rows; r++)
-        usual[r] = OUTLIER * prepare_row(p, task * MOST_ROWS + r, rows + (int64_t)r * groups * GROUP);
+        usual[r] = OUTLIER * prepare_row(p, task * MOST_ROWS + r, block->prepared + (int64_t)r * groups * GROUP);
+    if (p->weights->bits == 32) return;
     for (int g = 0; g < groups; g++) {
         for (int r = 0; r < block->rows; r++) {
             struct activations *first = block->first + (int64_t)g * block->rows + r;
-            const float *x = rows + ((int64_t)r * groups + g) * GROUP;
+            const float *x = block->prepared + ((int64_t)r * groups + g) * GROUP;
             block->second[count].row = r;
             count += quantize_group(x, usual[r], first, block->second + count);
         }
@@ -196,6 +197,58 @@ INLINE void multiply(const int rows, const int bits, const uint8_t *tile, int gr
     UNROLL for (int r = 0; r < rows; r++) sums[r] = _mm512_add_ps(sum[r], rest[r]);
 }
 
+/* The sums of the lanes of four vectors. */
+INLINE __m128 sum_lanes(const __m512 *v) {
+    __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+    __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+    __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+}
+
+/* Four rows of floats times `rows` rows of activations: sums, for each of these the four and room for twelve more. */
+INLINE void multiply_floats(const int rows, const float *const *w, int inputs, const float *x, int x_stride,
+                            float *sums) {
+    __m512 sum[4][4];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int n = 0; n < 4; n++) sum[r][n] = _mm512_setzero_ps();
+    for (int i = 0; i < inputs; i += LANES) {
+        __mmask16 inside = first_lanes(inputs - i);
+        __m512 weights[4];
+        UNROLL for (int n = 0; n < 4; n++) weights[n] = _mm512_maskz_loadu_ps(inside, w[n] + i);
+        UNROLL for (int r = 0; r < rows; r++) {
+            __m512 lanes = _mm512_loadu_ps(x + r * x_stride + i);
+            UNROLL for (int n = 0; n < 4; n++) sum[r][n] = _mm512_fmadd_ps(weights[n], lanes, sum[r][n]);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++) _mm_storeu_ps(sums + r * LANES, sum_lanes(sum[r]));
+}
+
+/* 16 outputs of floats times a block of rows. */
+static void multiply_float_block(const struct weights *w, int tile, int groups, const struct block *block,
+                                 __m512 *sums) {
+    int inputs = (int)w->inputs, stride = groups * GROUP;
+    float *out = (float *)sums;
+    for (int lane = 0; lane < LANES; lane += 4) {
+        const float *rows[4];
+        for (int n = 0; n < 4; n++) {
+            int64_t output = tile * LANES + lane + n;
+            rows[n] = (const float *)w->data + (output < w->outputs ? output : w->outputs - 1) * inputs;
+        }
+        for (int r = 0; r < block->rows; r += 4) {
+            const float *x = block->prepared + (int64_t)r * stride;
+            float *to = out + r * LANES + lane;
+            switch (block->rows - r) {
+                case 1: multiply_floats(1, rows, inputs, x, stride, to); break;
+                case 2: multiply_floats(2, rows, inputs, x, stride, to); break;
+                case 3: multiply_floats(3, rows, inputs, x, stride, to); break;
+                default: multiply_floats(4, rows, inputs, x, stride, to);
+            }
+        }
+    }
+}
+
 #define CASE(rows) \
     case rows: \
         multiply(rows, 4, tile, groups, block, sums); \
@@ -204,8 +257,13 @@ INLINE void multiply(const int rows, const int bits, const uint8_t *tile, int gr
         multiply(rows, 8, tile, groups, block, sums); \
         return;
 
-static void multiply_block(int bits, const uint8_t *tile, int groups, const struct block *block, __m512 *sums) {
-    switch (block->rows + (bits == 4 ? 0 : 64)) {
+static void multiply_block(const struct weights *w, int number, int groups, const struct block *block, __m512 *sums) {
+    if (w->bits == 32) {
+        multiply_float_block(w, number, groups, block, sums);
+        return;
+    }
+    const uint8_t *tile = (const uint8_t *)w->data + (int64_t)number * groups * group_bytes((int)w->bits);
+    switch (block->rows + (w->bits == 4 ? 0 : 64)) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
     }
 }
@@ -213,8 +271,7 @@ static void multiply_block(int bits, const uint8_t *tile, int groups, const stru
 /* One tile times a block of rows, and the bias. */
 static void tile_sums(const struct product *p, int tile, const struct block *block, __m512 *sums) {
     const struct weights *w = p->weights;
-    int groups = num_groups(w), bits = (int)w->bits;
-    multiply_block(bits, w->tiles + (int64_t)tile * groups * group_bytes(bits), groups, block, sums);
+    multiply_block(w, tile, num_groups(w), block, sums);
     if (p->bias) {
         __m512 bias = lanes_of(p->bias + tile * LANES, (int)w->outputs - tile * LANES);
         for (int r = 0; r < block->rows; r++) sums[r] = _mm512_add_ps(sums[r], bias);
@@ -253,21 +310,22 @@ static char *scratch(size_t bytes) {
     return memory;
 }
 
-/* Lay out p->prepared and p->blocks. */
+/* Lay out p->blocks. */
 static void allocate(struct product *p) {
     size_t groups = (size_t)num_groups(p->weights), blocks = (size_t)ceil_div(p->rows, MOST_ROWS);
     size_t items = (size_t)p->rows * groups, in_block = MOST_ROWS * groups;
     char *memory = scratch(items * (GROUP * sizeof(float) + sizeof(struct activations) + sizeof(struct remainder)) +
                            blocks * (sizeof(struct block) + groups * sizeof(int32_t)) + sizeof(struct remainder));
     p->blocks = (struct block *)memory;
-    p->prepared = (float *)(p->blocks + blocks);
-    struct activations *first = (struct activations *)(p->prepared + items * GROUP);
+    float *prepared = (float *)(p->blocks + blocks);
+    struct activations *first = (struct activations *)(prepared + items * GROUP);
     struct remainder *second = (struct remainder *)(first + items);
     int32_t *ends = (int32_t *)(second + items + 1); /* the last group's remainder is written before it is counted */
     for (size_t b = 0; b < blocks; b++) {
         int left = p->rows - (int)b * MOST_ROWS;
         struct block *block = p->blocks + b;
         block->rows = left < MOST_ROWS ? left : MOST_ROWS;
+        block->prepared = prepared + b * in_block * GROUP;
         block->first = first + b * in_block;
         block->second = second + b * in_block;
         block->second_ends = ends + b * groups;
@@ -284,7 +342,7 @@ void hornbeam_product(const struct weights *w, const float *x, const float *resi
     int tiles = num_tiles(w) / (gated ? 2 : 1);
     p.tiles_per_task = ceil_div(tiles, team_size() * TASKS_PER_THREAD);
     allocate(&p);
-    team_run(quantize_task, &p, ceil_div(rows, MOST_ROWS));
+    team_run(prepare_task, &p, ceil_div(rows, MOST_ROWS));
     team_run(product_task, &p, ceil_div(tiles, p.tiles_per_task));
 }
 
@@ -338,7 +396,7 @@ static void fit_task(const void *context, int tile) {
 static void pack_task(const void *context, int tile) {
     const struct packing *p = context;
     int inputs = (int)p->weights->inputs, bits = (int)p->weights->bits, groups = num_groups(p->weights);
-    uint8_t *out = p->weights->tiles + (int64_t)tile * groups * group_bytes(bits);
+    uint8_t *out = (uint8_t *)p->weights->data + (int64_t)tile * groups * group_bytes(bits);
     memset(out, 0, (size_t)groups * group_bytes(bits));
     for (int g = 0; g < groups; g++, out += group_bytes(bits)) {
         int count = inputs - g * GROUP < GROUP ? inputs - g * GROUP : GROUP;
@@ -369,13 +427,13 @@ int hornbeam_fits(const struct weights *w, const float *values) {
     return !misfits;
 }
 
-/* Fill w->tiles from `values` [outputs, inputs]. */
+/* Fill w->data from `values` [outputs, inputs]. */
 void hornbeam_pack(const struct weights *w, const float *values) {
     struct packing p = {.weights = w, .values = values};
     team_run(pack_task, &p, num_tiles(w));
 }
 
-/* Bytes that w->tiles needs. */
+/* Bytes that w->data needs. */
 int64_t hornbeam_packed_bytes(const struct weights *w) {
     return (int64_t)num_tiles(w) * num_groups(w) * group_bytes((int)w->bits);
 }
