@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hornbeam.ops.moe.tiles import Tiles, TileTable, _read, default_tiles, write_table
+from hornbeam.ops.moe.tiles import SHIPPED, Tiles, TileTable, _read, default_tiles, write_table
 
 pytestmark = pytest.mark.cpu
 CONFIGS = Path(__file__).parents[2] / "hornbeam/bench/configs"
@@ -23,3 +23,10 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_table(tmp_path / "table.json", entries)
     table = TileTable(_read(tmp_path / "table.json"), num_experts=8, top_k=2)
     assert [table.of(n) for n in (1, 4, 5, 64, 1000)] == [entries[n] for n in (4, 4, 64, 64, 64)]
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_tables_that_come_with_the_package(path: Path) -> None:
+    entries = _read(path)
+    assert len(entries) > 8
+    assert all(tiles.block_m in (16, 32, 64, 128) for tiles in entries.values())

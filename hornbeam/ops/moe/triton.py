@@ -188,7 +188,9 @@ class TritonExperts:
         """Have all tiles of the table compiled, side by side: a compiler at work would hold up a later step."""
         untried, self._table.untried = self._table.untried, []
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda tiles: self.run(x, weights, ids, experts, tiles), untried))
+            list(pool.map(lambda tiles: self.run(x[:1], weights[:1], ids[:1], experts, tiles), untried))
+        for block_m in {tiles.block_m for tiles in untried}:
+            order_by_expert(ids, self._shape.num_experts, block_m)  # of many tokens, another kernel
 
     def run(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, tiles: Tiles) -> Tensor:
         """The same with tiles of the caller's choice."""
