@@ -117,7 +117,7 @@ _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("there are no sessions; shared prefixes are found by themselves", "", {"enable_streaming_session": False}),
     ("usage is told where a request asks for it", "", {"stream_response_default_include_usage": False}),
     (
-        "weights run in the number format of --dtype; GGUF files are dequantized",
+        "weights run in the formats that docs/formats.md lists, with the kernels that are chosen for them",
         "dtype",
         {
             "kv_cache_dtype": "auto",
