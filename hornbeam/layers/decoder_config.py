@@ -70,6 +70,8 @@ def read_decoder(read: ConfigReader, *, partial_rotary: bool = False) -> dict[st
     rope = parse_rope(read, head_dim, context_len, partial=partial_rotary)
     if isinstance(rope.scaling, YarnScaling):
         context_len = max(context_len, int(rope.scaling.factor * rope.scaling.original_context_len))
+        if context_len > MAX_POSITIONS:
+            raise ConfigError(f"the config's rotary scaling makes a context of {context_len} positions")
     return {
         "architecture": str(read.values["architectures"][0]),
         "num_layers": read.size("num_hidden_layers", most=MAX_LAYERS),

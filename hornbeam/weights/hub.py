@@ -12,7 +12,7 @@ from hornbeam.weights.gguf import split_paths
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _REPO_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)")
-_TEXT_FILES = ("*.json", "*.jinja")  # configs, tokenizers and chat templates
+_TEXT_FILES = ("*.json", "*.jinja", "tokenizer.model")  # configs, tokenizers and chat templates
 _SAFETENSORS, _TORCH, _CODE = "*.safetensors", "pytorch_model*.bin", "*.py"
 
 

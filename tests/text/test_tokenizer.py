@@ -127,10 +127,13 @@ def test_missing_tokenizers_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"looked for tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"found only tokenizer\.model"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.model is no BPE model of SentencePiece"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").rename(tmp_path / "tiktoken.model")
+    with pytest.raises(ConfigError, match=r"found only tiktoken\.model"):
         load_tokenizer(tmp_path)
     with pytest.raises(ConfigError, match="neither a model folder nor"):
-        load_tokenizer(tmp_path / "tokenizer.model")
+        load_tokenizer(tmp_path / "tiktoken.model")
     with pytest.raises(ConfigError, match="neither a folder nor"):
         load_tokenizer(tmp_path / "nothing")
 

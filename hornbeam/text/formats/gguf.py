@@ -10,13 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from hornbeam.core.errors import ConfigError
 from hornbeam.text.formats.contents import TokenizerContents
-
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
-_SPACE = "\u2581"  # how SentencePiece writes a space, and WordPiece's files the start of a word
+from hornbeam.text.formats.sentencepiece import (
+    CONTROL,
+    NORMAL,
+    SPACE,
+    SentencePieces,
+    add_tokens,
+    sentencepiece_backend,
+)
 
 # How text splits into words: contractions, letters, numbers (as filled in), punctuation, line ends, spaces
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -197,42 +202,19 @@ def _byte_level_backend(metadata: Mapping[str, Any], tokens: list[str], pre: _Pr
 
 
 def _sentencepiece_backend(metadata: Mapping[str, Any], tokens: list[str], unknown_id: int | None) -> Tokenizer:
-    """Spaces become part of the pieces, one goes in front of a text unless the file says no, bytes spell the rest."""
+    """One space goes in front of a text unless the file says no."""
     scores = _required(metadata, "scores")
-    types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-    if not len(tokens) == len(scores) == len(types):
+    kinds = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if not len(tokens) == len(scores) == len(kinds):
         raise ConfigError("the GGUF file's tokens, scores and token types differ in number")
-    pieces = {
-        token: score
-        for token, score, kind in zip(tokens, scores, types, strict=True)
-        if kind in (_NORMAL, _USER_DEFINED)
-    }
-    model = models.BPE(
-        vocab={token: token_id for token_id, token in enumerate(tokens)},
-        merges=_merges(pieces),
-        unk_token=None if unknown_id is None else tokens[unknown_id],
-        fuse_unk=True,
-        byte_fallback=True,
+    pieces = SentencePieces(
+        tokens=tokens,
+        scores=scores,
+        kinds=kinds,
+        unknown_id=unknown_id,
+        space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
     )
-    backend = Tokenizer(model)
-    spaces, steps = normalizers.Replace(" ", _SPACE), [decoders.Replace(_SPACE, " "), decoders.ByteFallback()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
-        backend.decoder = decoders.Sequence([*steps, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    else:
-        backend.normalizer = spaces
-        backend.decoder = decoders.Sequence([*steps, decoders.Fuse()])
-    return _with_added_tokens(backend, metadata, tokens)
-
-
-def _merges(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, by its score: SentencePiece joins the neighbours that score highest."""
-    return [
-        (left, right)
-        for piece in sorted(pieces, key=pieces.__getitem__, reverse=True)
-        for i in range(1, len(piece))
-        if (left := piece[:i]) in pieces and (right := piece[i:]) in pieces
-    ]
+    return _with_added_tokens(sentencepiece_backend(pieces), metadata, tokens)
 
 
 def _wordpiece_backend(
@@ -243,10 +225,9 @@ def _wordpiece_backend(
     start = special_ids["cls_token"] if special_ids["cls_token"] is not None else special_ids["bos_token"]
     if unknown is None or start is None or end is None:
         raise ConfigError("the GGUF file's WordPiece tokenizer lacks the id of its unknown, CLS or SEP token")
-    special = {*_added_tokens(tokens, metadata.get("tokenizer.ggml.token_type", ()), _CONTROL), tokens[unknown]}
-    pieces = [
-        token if token in special else token[1:] if token.startswith(_SPACE) else f"##{token}" for token in tokens
-    ]
+    kinds = metadata.get("tokenizer.ggml.token_type", [])
+    special = {token for token, kind in zip(tokens, kinds, strict=False) if kind == CONTROL} | {tokens[unknown]}
+    pieces = [token if token in special else token[1:] if token.startswith(SPACE) else f"##{token}" for token in tokens]
     vocabulary = {piece: token_id for token_id, piece in enumerate(pieces)}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token=tokens[unknown]))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -260,15 +241,7 @@ def _wordpiece_backend(
 
 
 def _with_added_tokens(backend: Tokenizer, metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
-    types = metadata.get("tokenizer.ggml.token_type", ())
-    controls, own = (_added_tokens(tokens, types, kind) for kind in (_CONTROL, _USER_DEFINED))
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in controls])
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in own])
-    return backend
-
-
-def _added_tokens(tokens: list[str], types: Any, kind: int) -> list[str]:
-    return [token for token, token_type in zip(tokens, types, strict=False) if token_type == kind]
+    return add_tokens(backend, tokens, metadata.get("tokenizer.ggml.token_type", []))
 
 
 def _required(metadata: Mapping[str, Any], entry: str) -> Any:

@@ -1,8 +1,8 @@
 """Reads the tokenizer of a Hugging Face model folder.
 
-Knows the files `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`,
-`config.json`, `chat_template.jinja`, `chat_template.json` and those in `additional_chat_templates/`. Slow tokenizers
-(SentencePiece models, Python code) are refused.
+Knows the files `tokenizer.json` (without one, SentencePiece's `tokenizer.model`), `tokenizer_config.json`,
+`special_tokens_map.json`, `generation_config.json`, `config.json`, `chat_template.jinja`, `chat_template.json` and
+those in `additional_chat_templates/`. Tokenizers that are Python code are refused.
 """
 
 import json
@@ -15,8 +15,9 @@ from tokenizers import AddedToken
 
 from hornbeam.core.errors import ConfigError
 from hornbeam.text.formats.contents import TokenizerContents
+from hornbeam.text.formats.sentencepiece import read_sentencepiece
 
-_BACKEND_FILE = "tokenizer.json"
+_BACKEND_FILE, _SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 _CONFIG_FILE = "tokenizer_config.json"
 _DEFAULT_TEMPLATE = "default"
 _GENERAL_CLASSES = (None, "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
@@ -34,15 +35,9 @@ def read_folder(folder: Path) -> TokenizerContents:
     Raises:
         ConfigError: `tokenizer.json` is missing, or a file cannot be understood.
     """
-    backend_path = folder / _BACKEND_FILE
-    if not backend_path.is_file():
-        raise ConfigError(_missing(folder))
     config = _read_json(folder / _CONFIG_FILE)
     special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json")) | _special_tokens(config)
-    try:
-        backend = _with_prefix_space(tokenizers.Tokenizer.from_file(str(backend_path)), config)
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-        raise ConfigError(f"cannot read {backend_path}: {error}; download it again") from error
+    backend = _read_backend(folder, config)
     try:
         _add_tokens(backend, config, [*special_tokens.values(), *_unnamed_special_tokens(config)])
     except (TypeError, ValueError, AttributeError) as error:
@@ -58,16 +53,29 @@ def read_folder(folder: Path) -> TokenizerContents:
         bos_id=bos_id,
         eos_ids=_generation_eos_ids(folder) | ({eos_id} if eos_id is not None else set()),
         # Some models state BOS here and leave it out of tokenizer.json, which decides for the others.
-        add_bos=config.get("add_bos_token") is True and config.get("tokenizer_class") not in _CLASSES_WITHOUT_BOS,
+        add_bos=config.get("add_bos_token", not (folder / _BACKEND_FILE).is_file()) is True
+        and config.get("tokenizer_class") not in _CLASSES_WITHOUT_BOS,
         chat_template=templates.pop(_DEFAULT_TEMPLATE, next(iter(templates.values()), None)),
         named_templates=templates,
     )
 
 
+def _read_backend(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    path = folder / _BACKEND_FILE
+    if not path.is_file() and (folder / _SENTENCEPIECE_FILE).is_file():
+        return read_sentencepiece(folder / _SENTENCEPIECE_FILE)
+    if not path.is_file():
+        raise ConfigError(_missing(folder))
+    try:
+        return _with_prefix_space(tokenizers.Tokenizer.from_file(str(path)), config)
+    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+        raise ConfigError(f"cannot read {path}: {error}; download it again") from error
+
+
 def _missing(folder: Path) -> str:
     if not folder.is_dir():
         return f"no tokenizer: {folder} is neither a folder nor a GGUF file"
-    slow = [name for name in ("tokenizer.model", "vocab.json", "tiktoken.model") if (folder / name).is_file()]
+    slow = [name for name in ("vocab.json", "tiktoken.model") if (folder / name).is_file()]
     found = f"; found only {', '.join(slow)}, convert it with transformers' AutoTokenizer and save_pretrained"
     return f"no tokenizer in {folder}: looked for {_BACKEND_FILE}" + (found if slow else "")
 
