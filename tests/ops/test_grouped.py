@@ -23,10 +23,10 @@ def same_draws() -> None:
     torch.manual_seed(0)
 
 
-def on_a_grid(num_out: int, num_in: int) -> Tensor:
-    """As a file with four bits holds them."""
+def on_a_grid(num_out: int, num_in: int, num_codes: int = 16) -> Tensor:
+    """As a quantized file holds them."""
     groups = -(-num_in // GROUP_SIZE)
-    codes = torch.randint(0, 16, (num_out, groups, GROUP_SIZE)).float()
+    codes = torch.randint(0, num_codes, (num_out, groups, GROUP_SIZE)).float()
     scales, minima = torch.rand(num_out, groups, 1).half().float() / 16, -torch.rand(num_out, groups, 1).half().float()
     return (codes * scales + minima).flatten(1)[:, :num_in].contiguous()
 
@@ -41,11 +41,11 @@ def activations(num_rows: int, num_in: int) -> Tensor:
 @needs_native
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 7, 8, 9, 70])
 @pytest.mark.parametrize(("num_in", "num_out"), [(64, 96), (576, 130), (70, 33), (31, 1)])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 8])
 def test_equals_the_reference(num_rows: int, num_in: int, num_out: int, bits: int) -> None:
-    weight = on_a_grid(num_out, num_in) if bits == 4 else torch.randn(num_out, num_in)
+    weight = torch.randn(num_out, num_in) if bits == 8 else on_a_grid(num_out, num_in, 2**bits)
     packed = NativeGroupedWeight(weight)
-    assert packed.bits == bits
+    assert packed.bits == (4 if bits == 4 else 8)
     x, bias = activations(num_rows, num_in), torch.randn(num_out)
     actual = packed.linear(x, bias)
     torch.testing.assert_close(actual, REFERENCE.pack(weight).linear(x, bias), **CLOSE)
@@ -79,9 +79,15 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     assert together.equal(torch.cat([packed.linear(part, None) for part in x.split(5)]))
 
 
-def test_four_bits_lose_nothing() -> None:
+def test_integers_lose_nothing() -> None:
     weight = on_a_grid(24, 80)
     torch.testing.assert_close(rounded_weight(weight), weight, rtol=1e-3, atol=1e-3)
+    signed = torch.randint(-126, 127, (24, 3, GROUP_SIZE)).float()
+    signed[..., 5] = -127.0  # integers of eight bits are rounded to their largest magnitude
+    signed = (signed * torch.rand(24, 3, 1).half().float()).flatten(1)
+    torch.testing.assert_close(rounded_weight(signed), signed, rtol=1e-3, atol=0.1)
+    if LACKING is None:
+        assert NativeGroupedWeight(signed).bits == 8
     centred = torch.randint(-8, 7, (24, 96)).float() * 0.01  # whose largest code may be missing
     torch.testing.assert_close(rounded_weight(centred), centred, rtol=1e-3, atol=1e-4)
 

@@ -52,7 +52,7 @@ LINEAR: Registry[OpQuery, LinearProduct] = Registry(
 
 
 GROUP_SIZE = 32  # consecutive features that share a scale
-OUTLIER = 5  # root mean squares of a row: a group with a larger magnitude is rounded more finely
+OUTLIER = 4  # root mean squares of a row: a group with a larger magnitude is rounded more finely
 
 
 class PackedWeight(Protocol):
@@ -75,7 +75,8 @@ class GroupedProduct(Protocol):
 
     A weight is scale * code + minimum, with a scale and a minimum of float16 for each group of each output. Codes have
     four bits if every group of the matrix lies on a grid of at most 16 values, as those of most quantized files do, so
-    that nothing is lost; else they have eight, from the group's smallest value to its largest. Groups of activations
+    that nothing is lost; else they have eight. Of these, groups on a grid of 32 values or of integers up to 127 keep
+    it, and others are rounded, from their smallest value to their largest. Groups of activations
     become round(127 x / max|x|), half to even; where max|x| is above OUTLIER, what that leaves is rounded to a second
     term, 254 times as fine: few groups have such outliers, but most of the error would come from them. Sums within a
     group are exact, and those of groups are in float32 and in order: what a row becomes does not depend on the batch.

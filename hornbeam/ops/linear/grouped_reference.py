@@ -13,7 +13,7 @@ from hornbeam.ops.query import OpQuery
 
 _LARGEST = 127  # of rounded activations
 _FINER = 254  # how many steps of the second term make one of the first
-_MOST_STEPS = 15  # between the smallest and the largest of four bits
+_FOUR_BITS, _FIVE_BITS, _EIGHT_BITS = 15, 31, 255  # largest codes
 _TOLERANCE = 0.02  # of a step, for values that were computed in another order
 
 
@@ -68,16 +68,30 @@ def rounded_weight(weight: Tensor) -> Tensor:
     padding = weight[:, -1:].expand(-1, -weight.shape[1] % GROUP_SIZE)  # by values that occur anyway
     groups = torch.cat((weight, padding), 1).unflatten(1, (-1, GROUP_SIZE))
     low, high = groups.aminmax(dim=-1, keepdim=True)
-    scales = torch.full_like(low, -1.0).masked_fill(low == high, 0.0)
-    for steps in range(_MOST_STEPS, 0, -1):
-        places = (groups - low) * (steps / (high - low))
-        fits = ((places - places.round()).abs().amax(-1, keepdim=True) < _TOLERANCE) & (scales < 0)
-        scales = torch.where(fits, (high - low) / steps, scales)
+    scales = _grid(groups, low, high, _FOUR_BITS)
     if not (scales >= 0).all():
-        scales = (high - low) / 255
+        by_magnitude = torch.maximum(high, -low) / _LARGEST
+        coarser = _grid(groups, low, high, _FIVE_BITS)
+        coarser = torch.where(coarser < 0, (high - low) / _EIGHT_BITS, coarser)
+        scales = torch.where(_on_grid(groups, low, by_magnitude), by_magnitude, coarser)
     scales, low = scales.half().float(), low.half().float()
-    codes = ((groups - low) / scales).round().nan_to_num(0, 0, 0).clamp(0, 255)
+    codes = ((groups - low) / scales).round().nan_to_num(0, 0, 0).clamp(0, _EIGHT_BITS)
     return _flat(codes * scales + low, weight.shape[1])
+
+
+def _grid(groups: Tensor, low: Tensor, high: Tensor, most_steps: int) -> Tensor:
+    """Steps [N, G, 1] of the finest grid, of at most `most_steps`, that each group lies on; -1 where there is none."""
+    scales = torch.full_like(low, -1.0).masked_fill(low == high, 0.0)
+    for steps in range(most_steps, 0, -1):
+        scale = (high - low) / steps
+        scales = torch.where((scales < 0) & _on_grid(groups, low, scale), scale, scales)
+    return scales
+
+
+def _on_grid(groups: Tensor, low: Tensor, scale: Tensor) -> Tensor:
+    places = (groups - low) / scale
+    fits: Tensor = (places - places.round()).abs().amax(-1, keepdim=True) < _TOLERANCE
+    return fits
 
 
 def _flat(groups: Tensor, size: int) -> Tensor:

@@ -25,8 +25,9 @@ enum {
     FINER = 254,    /* how many of the second scale make the first */
     TASKS_PER_THREAD = 6,
 };
-static const float OUTLIER = 5; /* a group's largest magnitude, in root mean squares of its row, from which on it has
+static const float OUTLIER = 4; /* a group's largest magnitude, in root mean squares of its row, from which on it has
                                  * a second term; chosen by measured divergence from float32 */
+static const float TOLERANCE = 0.02f; /* of a step of a grid */
 
 /* A weight matrix [outputs, inputs]. */
 struct weights {
@@ -348,30 +349,36 @@ void hornbeam_product(const struct weights *w, const float *x, const float *resi
 
 /* ---- packing ---- */
 
-/* The numbers of a group of weights: the coarsest grid of at most 2^bits values that they all lie on, or, if there is
- * none, 2^bits values from the smallest to the largest. Returns whether there is such a grid. */
+/* Whether all numbers of a group are `low` and whole multiples of `scale`, but for errors of arithmetic. */
+static int on_grid(const float *group, int count, float low, float scale) {
+    const __m512 start = _mm512_set1_ps(low), per_step = _mm512_set1_ps(1 / scale);
+    for (int i = 0; i < count; i += LANES) {
+        __m512 place = _mm512_mul_ps(_mm512_sub_ps(lanes_of(group + i, count - i), start), per_step);
+        __m512 whole = _mm512_roundscale_ps(place, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        __m512 error = _mm512_abs_ps(_mm512_sub_ps(place, whole));
+        if (_mm512_mask_cmp_ps_mask(first_lanes(count - i), error, _mm512_set1_ps(TOLERANCE), _CMP_GE_OQ)) return 0;
+    }
+    return 1;
+}
+
+/* The numbers of a group of weights: those of the grid that they lie on, if there is one of a common kind and of at
+ * most 2^bits values (whether there is, is returned); else of 2^bits values from the smallest to the largest. */
 static int find_grid(const float *group, int count, int bits, float *scale, float *minimum) {
     float low = group[0], high = group[0];
     for (int i = 1; i < count; i++) {
         low = group[i] < low ? group[i] : low;
         high = group[i] > high ? group[i] : high;
     }
-    int levels = (1 << bits) - 1;
     *minimum = low;
-    *scale = (high - low) / (float)levels;
+    *scale = 0;
     if (high == low) return 1;
-    if (bits > 4) return 0;
-    for (int steps = levels; steps > 0; steps--) {
-        float per_step = (float)steps / (high - low), worst = 0;
-        for (int i = 0; i < count; i++) {
-            float place = (group[i] - low) * per_step, error = fabsf(place - rintf(place));
-            worst = error > worst ? error : worst;
-        }
-        if (worst < 0.02f) {
-            *scale = (high - low) / (float)steps;
-            return 1;
-        }
+    *scale = (high > -low ? high : -low) / 127; /* integers of eight bits whose largest magnitude is 127 */
+    if (bits == 8 && on_grid(group, count, low, *scale)) return 1;
+    for (int steps = bits == 4 ? 15 : 31; steps > 0; steps--) {
+        *scale = (high - low) / (float)steps;
+        if (on_grid(group, count, low, *scale)) return 1;
     }
+    *scale = (high - low) / (float)((1 << bits) - 1);
     return 0;
 }
 
