@@ -9,6 +9,7 @@ from pathlib import Path
 import harness
 import pytest
 import torch
+from family_parity import save_checkpoint
 from harness import make_engine
 
 from hornbeam.core.request import Request, SamplingParams
@@ -18,6 +19,7 @@ from hornbeam.executor.mixed_graphs import MixedGraphs
 from hornbeam.executor.runner import Runner
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
 from hornbeam.ops.attention.reference import ReferenceAttention
+from hornbeam.ops.moe.reference import ReferenceBackend, ReferenceRouting
 from hornbeam.platforms.cpu import CpuPlatform
 
 pytestmark = pytest.mark.cpu
@@ -165,6 +167,25 @@ def test_compiled_steps_say_the_same(tiny_checkpoint, num_runs, monkeypatch):
     flags = {"enable_torch_compile": True, "torch_compile_max_bs": 2, "attention_backend": "recordable"}
     assert generate(tiny_checkpoint, **flags) == expected
     assert max(shapes) > 5
+
+
+def test_padding_takes_no_expert(tmp_path, num_runs, monkeypatch):
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+    folder = save_checkpoint(tmp_path, "qwen3_moe", experts)
+    monkeypatch.setattr(ReferenceBackend, "captures", True)
+    real, rows = ReferenceRouting.route, []
+
+    def route(self, *arguments):
+        weights, ids = real(self, *arguments)
+        rows.append(((ids >= 0).all(1).sum().item(), len(ids)))
+        return weights, ids
+
+    monkeypatch.setattr(ReferenceRouting, "route", route)
+    expected = generate(folder, disable_cuda_graph=True, attention_backend="reference")
+    assert all(routed == total for routed, total in rows)
+    assert generate(folder, attention_backend="recordable", disable_cascade_attention=True) == expected
+    assert {"mixed", "decode"} < num_runs.keys()
+    assert any(0 < routed < total for routed, total in rows)
 
 
 def test_sizes():
