@@ -20,7 +20,10 @@ from hornbeam.ops.qkv.contract import Rotation
 
 
 class UpProjection(nn.Module):
-    """From the latent to each head's key and value: the weight [Hq (nope + value), C] alone, kept as it is loaded."""
+    """From the latent to each head's key and value: the weight [Hq (nope + value), C] alone, kept as it is loaded.
+
+    Nothing is derived of it: on an H200 products with views of its heads take as long as those with copies.
+    """
 
     def __init__(self, shape: LatentShape, num_heads: int, context: BuildContext) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ from hornbeam.core.registry import Registry
 from hornbeam.ops.attention.contract import Attention, AttentionBackend, AttentionShape
 from hornbeam.ops.linear.contract import InputNorm
 from hornbeam.ops.mla.contract import LATENT_ATTENTION, LATENT_ROWS, LatentRows
+from hornbeam.ops.mla.reference import ReferenceLatentAttention, ReferenceRagged
 from hornbeam.ops.qkv.contract import Rotation
 from hornbeam.ops.query import OpQuery
 from hornbeam.ops.rope.frequencies import rope_table
@@ -149,6 +150,17 @@ def test_what_is_cheaper():
     assert pays(LITE, 16, 2, [64] * 100, [2048] * 100)
     assert not pays(LITE, 128, 2, [8192], [100_000])
     assert pays(LITE, 128, 2, [16], [100_000])
+
+
+@pytest.mark.cpu
+def test_steps_too_large_for_an_absorbed_plan_are_expanded(monkeypatch):
+    monkeypatch.setattr(prefill, "absorbing_pays", lambda *_: True)
+    shape = latent_shape(torch.device("cpu"), torch.float32, 4, TINY)
+    rows = latent_case(shape, [20, 30], [3, 2]).rows
+    absorbed = ReferenceLatentAttention(shape).plan_decode
+    for most, fits in ((4, False), (5, True), (None, True)):
+        planned = prefill.LatentPrefill(shape, ReferenceRagged(shape.scale), absorbed, most).plan(rows)
+        assert planned.absorbed == fits
 
 
 @pytest.mark.cpu

@@ -78,6 +78,10 @@ _REFERENCE = "hornbeam.ops.mla.reference:ATTENTION"
 LATENT_ROWS: Registry[OpQuery, LatentRows] = Registry(
     "latent_rows", {"triton": "hornbeam.ops.mla.triton_rows:ROWS", "reference": "hornbeam.ops.mla.reference:ROWS"}
 )
+
+# The orders are those of measurements on an H200 (bfloat16, rows of 512 + 64 features). Decode of one row over 300
+# tokens, values included, takes 8.9 us in Triton and 12.7 in FlashInfer with 16 heads, 15 and 18 with 128; 256 rows of
+# 800 take 84 and 77 us with 16 heads, 300 and 156 with 128. Two prompts of 4,096 tokens take 650 and 350 us, expanded.
 SINGLE_LATENT_ATTENTION: Registry[OpQuery, AttentionBackend] = Registry(
     "single_latent_attention", {"triton": _TRITON, "flashinfer": _FLASHINFER, "reference": _REFERENCE}
 )

@@ -164,7 +164,9 @@ class FlashInferLatentBackend:
         """Hopper, and sizes whose module is compiled."""
         if reason := needs_cuda(query):
             return reason
-        if query.latent is None or query.dtype not in _DTYPES:
+        if query.latent is None:
+            return "serves latent attention alone"
+        if query.dtype not in _DTYPES:
             return f"{query.dtype} is not among {', '.join(_DTYPES)}"
         if torch.cuda.get_device_capability() != (9, 0):
             return "needs a device of compute capability 9.0"
