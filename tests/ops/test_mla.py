@@ -17,6 +17,7 @@ from hornbeam.ops.qkv.contract import Rotation
 from hornbeam.ops.query import OpQuery
 from hornbeam.ops.rope.frequencies import rope_table
 
+WIDE = LatentSizes(rank=320, rope_dim=16, nope_dim=24, value_dim=16)  # several programs for a head's features
 SHAPES = [(4, TINY), (16, LITE), (128, LITE)]
 LENS = [5, 64, 65, 100, 1]
 
@@ -173,7 +174,7 @@ def test_chunks_hold_every_token_of_every_prefix_once():
     ]
 
 
-@pytest.mark.parametrize(("num_heads", "sizes"), SHAPES)
+@pytest.mark.parametrize(("num_heads", "sizes"), [*SHAPES, (2, WIDE)])
 @pytest.mark.parametrize("num_tokens", [3, 37])
 def test_neighbours_turn_together_and_latents_alone_are_normalised(
     latent_rows, device, dtype, num_heads, sizes, num_tokens
