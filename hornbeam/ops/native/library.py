@@ -45,9 +45,15 @@ def needs_library(query: OpQuery) -> str | None:
         return reason
     if query.dtype != "float32":
         return "needs float32"
+    return _missing()
+
+
+@cache
+def _missing() -> str | None:
+    """Why there are no kernels, asked once: failing takes time, too."""
     try:
         load_library()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return str(error)
     return None
 
@@ -58,7 +64,7 @@ def load_library() -> ctypes.CDLL:
 
     Raises:
         RuntimeError: the processor cannot run them, or they cannot be compiled.
-        OSError: they cannot be kept on disk, or not be loaded.
+        OSError, SubprocessError: they cannot be kept on disk, or not be loaded; compiling takes too long.
     """
     library = ctypes.CDLL(str(_built(read_environment().cache_dir / "native")))
     for name, (arguments, result) in _FUNCTIONS.items():
