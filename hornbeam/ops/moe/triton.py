@@ -187,8 +187,14 @@ class TritonExperts:
     def _compile(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights) -> None:
         """Have all tiles of the table compiled, side by side: a compiler at work would hold up a later step."""
         untried, self._table.untried = self._table.untried, []
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda tiles: self.run(x[:1], weights[:1], ids[:1], experts, tiles), untried))
+        stream = torch.cuda.current_stream(x.device)  # where x is made; threads have streams of their own
+
+        def run(tiles: Tiles) -> None:
+            with torch.cuda.stream(stream):
+                self.run(x[:1], weights[:1], ids[:1], experts, tiles)
+
+        with ThreadPoolExecutor(initializer=torch.cuda.synchronize) as pool:  # makes a context current
+            list(pool.map(run, untried))
         for block_m in {tiles.block_m for tiles in untried}:
             order_by_expert(ids, self._shape.num_experts, block_m)  # of many tokens, another kernel
 
