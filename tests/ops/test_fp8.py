@@ -10,7 +10,7 @@ from hornbeam.ops.linear.fp8_reference import BACKEND as REFERENCE
 from hornbeam.ops.linear.fp8_reference import round_rows, round_weight, widened_rows
 
 # Rows of padding hold whatever was in memory; in the interpreter, numpy warns of what comes of that.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero|All-NaN):RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
