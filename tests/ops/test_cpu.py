@@ -16,7 +16,7 @@ from hornbeam.ops.attention.native import BACKEND as NATIVE_ATTENTION
 from hornbeam.ops.linear.contract import InputNorm
 from hornbeam.ops.linear.native import BACKEND as NATIVE_LINEAR
 from hornbeam.ops.linear.reference import ReferenceLinear
-from hornbeam.ops.native.library import needs_library
+from hornbeam.ops.native.loader import needs_library
 from hornbeam.ops.norm.cpu import CpuNorm
 from hornbeam.ops.norm.reference import ReferenceNorm
 from hornbeam.ops.qkv.contract import HeadNorms, Qkv, Rotation

@@ -8,7 +8,7 @@ from hornbeam.ops.linear.contract import GROUP_SIZE, InputNorm
 from hornbeam.ops.linear.grouped_native import NativeGroupedWeight
 from hornbeam.ops.linear.grouped_reference import BACKEND as REFERENCE
 from hornbeam.ops.linear.grouped_reference import rounded_activations, rounded_weight
-from hornbeam.ops.native.library import needs_library
+from hornbeam.ops.native.loader import needs_library
 from hornbeam.ops.query import OpQuery
 
 QUERY = OpQuery(device="cpu", dtype="float32", num_heads=4, num_kv_heads=2, head_dim=8, page_size=16)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows
-from hornbeam.ops.native.library import load_library, needs_library
+from hornbeam.ops.native.loader import load_library, needs_library
 from hornbeam.ops.query import OpQuery
 
 _LANES = 16  # floats of a vector, and keys that are seen at a time

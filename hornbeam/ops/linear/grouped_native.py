@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hornbeam.ops.linear.contract import InputNorm
 from hornbeam.ops.linear.native_product import LANES, Weights, product
-from hornbeam.ops.native.library import load_library, needs_library
+from hornbeam.ops.native.loader import load_library, needs_library
 from hornbeam.ops.query import OpQuery
 
 _ALIGNMENT = 64  # bytes of a vector

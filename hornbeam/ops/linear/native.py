@@ -14,7 +14,7 @@ from torch import Tensor
 from hornbeam.ops.linear.contract import InputNorm
 from hornbeam.ops.linear.native_product import LANES, Weights, product
 from hornbeam.ops.linear.reference import ReferenceLinear
-from hornbeam.ops.native.library import needs_library
+from hornbeam.ops.native.loader import needs_library
 from hornbeam.ops.query import OpQuery
 
 _MOST_ROWS = 64

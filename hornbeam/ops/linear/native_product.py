@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hornbeam.ops.linear.contract import InputNorm
-from hornbeam.ops.native.library import load_library
+from hornbeam.ops.native.loader import load_library
 
 LANES = 16  # outputs of a tile; a gate's outputs must fill whole ones
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import early_launch
+from hornbeam.ops.linear.algorithms import LibraryProducts
 from hornbeam.ops.linear.contract import InputNorm
-from hornbeam.ops.linear.library import LibraryProducts
 from hornbeam.ops.query import OpQuery
 
 logger = logging.getLogger(__name__)

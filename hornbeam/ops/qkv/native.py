@@ -6,7 +6,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from hornbeam.ops.native.library import load_library, needs_library
+from hornbeam.ops.native.loader import load_library, needs_library
 from hornbeam.ops.qkv.contract import HeadNorms, Rotation
 from hornbeam.ops.query import OpQuery
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from hornbeam.ops.linear import library
+from hornbeam.ops.linear import algorithms
 
 
 @pytest.mark.cpu
 def test_a_table_is_kept(tmp_path):
     path = tmp_path / "folder" / "table.json"
     choices = {("bfloat16", 64, 96, 128): bytes(range(64)), ("float16", 8192, 96, 128): None}
-    library._write(path, choices)
-    assert library._read(path) == choices
+    algorithms._write(path, choices)
+    assert algorithms._read(path) == choices
     assert [entry.name for entry in path.parent.iterdir()] == ["table.json"]
 
 
@@ -20,13 +20,13 @@ def test_a_table_is_kept(tmp_path):
 def test_a_damaged_table_is_searched_again(tmp_path, caplog, content):
     path = tmp_path / "table.json"
     path.write_text(content)
-    assert library._read(path) == {}
+    assert algorithms._read(path) == {}
     assert "cannot be read" in caplog.text
 
 
 @pytest.mark.cpu
 def test_no_table_is_no_event(tmp_path, caplog):
-    assert library._read(tmp_path / "none.json") == {}
+    assert algorithms._read(tmp_path / "none.json") == {}
     assert not caplog.text
 
 
@@ -36,7 +36,7 @@ def test_no_table_is_no_event(tmp_path, caplog):
 @pytest.mark.parametrize("num_rows", [24, 192, 4096])
 def test_all_algorithms_agree(tmp_path, monkeypatch, dtype, num_rows):
     monkeypatch.setenv("HORNBEAM_CACHE_DIR", str(tmp_path))
-    products = library.LibraryProducts(torch.device("cuda"))
+    products = algorithms.LibraryProducts(torch.device("cuda"))
     weight = torch.randn(1536, 1024, device="cuda", dtype=dtype) / 32
     x = torch.randn(num_rows, 1024 + 64, device="cuda", dtype=dtype)[:, :1024]
     expected = x.float() @ weight.float().T
@@ -47,7 +47,7 @@ def test_all_algorithms_agree(tmp_path, monkeypatch, dtype, num_rows):
         torch.testing.assert_close(lib.linear(x, weight, algorithm).float(), expected, rtol=1e-2, atol=2e-2)
     products.prepare([(num_rows, weight)])
     torch.testing.assert_close(products.linear(x, weight).float(), expected, rtol=1e-2, atol=2e-2)
-    again = library.LibraryProducts(torch.device("cuda"))
+    again = algorithms.LibraryProducts(torch.device("cuda"))
     again.prepare([(num_rows, weight)])
     assert again._choices == products._choices
     assert torch.equal(again.linear(x, weight), products.linear(x, weight))
