@@ -7,7 +7,7 @@ import torch
 from harness import Sequence, as_tensor, make_engine
 from torch import Tensor
 
-NUM_NEW = 8
+NUM_NEW = 12
 PROMPT = [int(x) for x in torch.randint(0, 300, (53,), generator=torch.Generator().manual_seed(1))]
 SIZES = {
     "vocab_size": 300,
@@ -50,11 +50,11 @@ def reference(folder: Path) -> list[Tensor]:
     return rows
 
 
-def assert_parity(folder: Path, expected: list[Tensor], num_groups: int = 1, **flags: Any) -> None:
+def assert_parity(folder: Path, expected: list[Tensor], **flags: Any) -> None:
     """Logprobs within 1e-4 over prefill, prefill in chunks after a cached prefix, and decode; the same greedy ids."""
-    executor = make_engine(folder, **flags).executor
+    engine = make_engine(folder, **flags)
     for slot, chunk_size in enumerate((None, 16, 7)):
-        sequence = Sequence(executor, slot=slot, first_page=3 + 8 * slot, num_pages=8, num_groups=num_groups)
+        sequence = Sequence(engine.executor, slot, 3 + 8 * slot, num_pages=8, num_groups=engine.num_groups)
         rows = [as_tensor(sequence.prefill(PROMPT, chunk_size))]
         rows += [as_tensor(sequence.decode()) for _ in range(NUM_NEW - 1)]
         for row, theirs in zip(rows, expected, strict=True):

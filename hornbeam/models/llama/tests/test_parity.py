@@ -5,13 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Sequence, as_tensor, make_engine
+from family_parity import PROMPT, assert_parity, reference
 from transformers import AutoConfig, AutoModelForCausalLM
 
 pytestmark = pytest.mark.cpu
 
-NUM_NEW = 12
-PROMPT = [int(x) for x in torch.randint(0, 300, (53,), generator=torch.Generator().manual_seed(1))]
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
 LONG = {
     "rope_type": "longrope",
@@ -96,26 +94,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return folder
 
 
-@torch.inference_mode()
-def reference(folder: Path) -> list[torch.Tensor]:
-    """Logprobs [V] after the prompt and after each greedy token."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids, rows = list(PROMPT), []
-    for _ in range(NUM_NEW):
-        rows.append(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1))
-        ids.append(int(rows[-1].argmax()))
-    return rows
-
-
-@pytest.mark.parametrize("chunk_size", [None, 16, 7])
-def test_logprobs_equal_the_reference(checkpoint: Path, chunk_size: int | None) -> None:
-    engine = make_engine(checkpoint)
-    sequence = Sequence(engine.executor, slot=1, first_page=3, num_pages=8, num_groups=engine.num_groups)
-    rows = [as_tensor(sequence.prefill(PROMPT, chunk_size))]
-    rows += [as_tensor(sequence.decode()) for _ in range(NUM_NEW - 1)]
-    for row, expected in zip(rows, reference(checkpoint), strict=True):
-        torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
-        assert row.argmax() == expected.argmax()
+def test_logprobs_equal_the_reference(checkpoint: Path) -> None:
+    assert_parity(checkpoint, reference(checkpoint))
 
 
 def test_every_weight_matters(checkpoint: Path) -> None:
