@@ -63,6 +63,18 @@ def assert_parity(folder: Path, expected: list[Tensor], **flags: Any) -> None:
 
 
 @torch.inference_mode()
+def assert_same(path: Path, model: Any) -> None:
+    """Logprobs of what `path` holds and those of transformers' `model` agree, over prefill in chunks and decode."""
+    engine = make_engine(path)
+    sequence = Sequence(engine.executor, slot=0, first_page=1, num_pages=8, num_groups=engine.num_groups)
+    ids, row = list(PROMPT), as_tensor(sequence.prefill(PROMPT, 16))
+    for _ in range(4):
+        torch.testing.assert_close(row, model(torch.tensor([ids])).logits[0, -1].log_softmax(-1), atol=1e-4, rtol=0)
+        ids.append(int(row.argmax()))
+        row = as_tensor(sequence.decode())
+
+
+@torch.inference_mode()
 def assert_every_expert_agrees(folder: Path, num_groups: int = 1, **flags: Any) -> None:
     """Logprobs within 1e-4 after each token of the prompt, so that all experts of the last layer count, too.
 

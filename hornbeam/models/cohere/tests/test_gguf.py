@@ -5,8 +5,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from family_parity import PROMPT, save_checkpoint
-from harness import Sequence, as_tensor, make_engine
+from family_parity import assert_same, save_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = pytest.mark.cpu
@@ -43,12 +42,8 @@ def write(path: Path, architecture: str, model: PreTrainedModel) -> None:
     ("architecture", "model_type", "settings"),
     [("command-r", "cohere", {}), ("cohere2", "cohere2", {"sliding_window": 20, "num_hidden_layers": 4})],
 )
-@torch.inference_mode()
 def test_same_logprobs(tmp_path: Path, architecture: str, model_type: str, settings: dict[str, int]) -> None:
     folder = save_checkpoint(tmp_path, model_type, settings)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     write(tmp_path / "model.gguf", architecture, model)
-    engine = make_engine(tmp_path / "model.gguf")
-    sequence = Sequence(engine.executor, slot=0, first_page=1, num_pages=4, num_groups=engine.num_groups)
-    expected = model(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
-    torch.testing.assert_close(as_tensor(sequence.prefill(PROMPT, 16)), expected, atol=1e-4, rtol=0)
+    assert_same(tmp_path / "model.gguf", model)

@@ -10,34 +10,31 @@ from family_parity import PROMPT, assert_parity, reference, save_checkpoint
 pytestmark = pytest.mark.cpu
 
 KINDS = ["full_attention", "sliding_attention", "sliding_attention"]
-ROWS: dict[str, tuple[dict[str, Any], int]] = {  # settings, and the number of cache groups
-    "cohere": ({}, 1),
-    "cohere, head norms, biases": ({"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.5}, 1),
-    "cohere, own head, one key": ({"tie_word_embeddings": False, "num_key_value_heads": 1}, 1),
-    "cohere2": ({"sliding_window": 9, "num_hidden_layers": 4}, 2),
-    "cohere2, own layers": ({"sliding_window": 20, "layer_types": KINDS, "attention_bias": True}, 2),
-    "cohere2, window over everything": ({"sliding_window": 256, "layer_types": KINDS}, 1),
+ROWS: dict[str, dict[str, Any]] = {
+    "cohere": {},
+    "cohere, head norms, biases": {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.5},
+    "cohere, own head, one key": {"tie_word_embeddings": False, "num_key_value_heads": 1},
+    "cohere2": {"sliding_window": 9, "num_hidden_layers": 4},
+    "cohere2, own layers": {"sliding_window": 20, "layer_types": KINDS, "attention_bias": True},
+    "cohere2, window over everything": {"sliding_window": 256, "layer_types": KINDS},
 }
 
 
 @pytest.fixture(scope="module", params=ROWS, ids=lambda name: name.replace(", ", "-").replace(" ", "_"))
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    settings, num_groups = ROWS[request.param]
-    folder = tmp_path_factory.mktemp("tiny")
-    return save_checkpoint(folder, request.param.partition(",")[0], settings), num_groups
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("tiny"), request.param.partition(",")[0], ROWS[request.param])
 
 
-def test_logprobs_equal_the_reference(checkpoint: tuple[Path, int]) -> None:
-    folder, num_groups = checkpoint
-    assert_parity(folder, reference(folder), num_groups)
+def test_logprobs_equal_the_reference(checkpoint: Path) -> None:
+    assert_parity(checkpoint, reference(checkpoint))
 
 
 @torch.inference_mode()
-def test_every_weight_matters(checkpoint: tuple[Path, int]) -> None:
+def test_every_weight_matters(checkpoint: Path) -> None:
     """Guards the test above: a model whose weights hardly count would pass it with any of them missing."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint[0], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ids = torch.tensor([PROMPT])
     expected = model(ids).logits[0, -1].log_softmax(-1)
     for name, parameter in model.named_parameters():

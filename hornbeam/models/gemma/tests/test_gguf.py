@@ -6,12 +6,11 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from harness import Sequence, as_tensor, make_engine
+from family_parity import assert_same
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = pytest.mark.cpu
 
-PROMPT = [int(x) for x in torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(1))]
 ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -67,17 +66,8 @@ def write(path: Path, architecture: str, model: PreTrainedModel) -> None:
     writer.close()
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("architecture", FILES)
 def test_a_file_holds_the_same_model(tmp_path: Path, architecture: str) -> None:
     model = make_model(*FILES[architecture])
     write(tmp_path / "model.gguf", architecture, model)
-    engine = make_engine(tmp_path / "model.gguf")
-    sequence = Sequence(engine.executor, slot=0, first_page=1, num_pages=4, num_groups=engine.num_groups)
-    ids = list(PROMPT)
-    row = as_tensor(sequence.prefill(ids, 16))
-    for _ in range(4):
-        expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
-        ids.append(int(row.argmax()))
-        row = as_tensor(sequence.decode())
+    assert_same(tmp_path / "model.gguf", model)

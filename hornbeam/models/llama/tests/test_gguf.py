@@ -7,12 +7,11 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from harness import Sequence, as_tensor, make_engine
+from family_parity import assert_same
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = pytest.mark.cpu
 
-PROMPT = [int(x) for x in torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(1))]
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONG = {
     "rope_type": "longrope",
@@ -123,19 +122,6 @@ def add_rope_factors(writer: gguf.GGUFWriter, config: Any, rope: dict[str, Any],
         writer.add_rope_scaling_attn_factors(math.sqrt(1 + stretch / math.log(original)))
         for length in ("long", "short"):
             writer.add_tensor(f"rope_factors_{length}.weight", torch.tensor(rope[f"{length}_factor"]).numpy())
-
-
-@torch.inference_mode()
-def assert_same(path: Path, model: PreTrainedModel) -> None:
-    engine = make_engine(path)
-    sequence = Sequence(engine.executor, slot=0, first_page=1, num_pages=4, num_groups=engine.num_groups)
-    ids = list(PROMPT)
-    row = as_tensor(sequence.prefill(ids, 16))
-    for _ in range(4):
-        expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        torch.testing.assert_close(row, expected, atol=1e-4, rtol=0)
-        ids.append(int(expected.argmax()))
-        row = as_tensor(sequence.decode())
 
 
 @pytest.mark.parametrize("name", FILES)
