@@ -35,8 +35,9 @@ from hornbeam.platforms.contract import Platform
 from hornbeam.quant.choice import choose_quantization
 from hornbeam.sampling.sampler import Sampler
 from hornbeam.weights.checkpoint import Checkpoint
+from hornbeam.weights.dummy import draw_dummy
 from hornbeam.weights.fp8 import keep_listed_plain
-from hornbeam.weights.load import draw_dummy, load_weights
+from hornbeam.weights.load import load_weights
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,8 @@
-"""Fills a built model's parameters, in place: from a checkpoint by declared names, or with random numbers.
+"""Fills a built model's parameters, in place, from a checkpoint by declared names.
 
 Knows neither file formats nor families: a checkpoint streams tensors, and a family's weight map says where each goes.
 """
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +23,6 @@ from hornbeam.layers.parameters import block_parts
 from hornbeam.weights.checkpoint import Checkpoint
 from hornbeam.weights.fp8 import (
     SCALES,
-    draw_values,
-    drawn_scale,
     fill_rounded,
     in_blocks,
     keeps_blocks,
@@ -35,7 +32,6 @@ from hornbeam.weights.fp8 import (
 )
 
 _NUM_FILLERS = 4
-_DUMMY_DEVIATION = 0.02
 _PROGRESS_DELAY = 1.0  # seconds of loading before a bar is worth drawing
 _DERIVED_SUFFIX = ".rotary_emb.inv_freq"  # follows from the config; old checkpoints store it
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -104,29 +100,6 @@ def _in_threads(fill: Callable[[str, Tensor], int], tensors: Iterator[tuple[str,
             if len(filling) > _NUM_FILLERS:
                 yield filling.popleft().result()
         yield from (future.result() for future in filling)
-
-
-@torch.no_grad()
-def draw_dummy(model: nn.Module, seed: int) -> None:
-    """Fill `model` with numbers that make routing and arithmetic look real: normal(0, 0.02), norms 1, biases 0.
-
-    A parameter's numbers depend on `seed`, its name, its shape and its kind of device, not on other parameters.
-    """
-    for name, parameter in model.named_parameters():
-        kind = name.rpartition(".")[2]
-        if kind == "weight" and parameter.dim() == 1:  # of a norm
-            parameter.fill_(1)
-        elif kind == "bias":
-            parameter.zero_()
-        elif kind == "scales":
-            parameter.fill_(drawn_scale(_DUMMY_DEVIATION))
-        else:
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7]))
-            if parameter.dtype == torch.float8_e4m3fn:
-                draw_values(parameter, generator)
-                continue
-            parameter.normal_(0, _DUMMY_DEVIATION, generator=generator)
 
 
 def unpermute_heads(tensor: Tensor, num_heads: int) -> Tensor:
