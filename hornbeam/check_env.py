@@ -80,6 +80,7 @@ def _backends() -> Iterator[str]:
     from hornbeam.core.errors import ConfigError
     from hornbeam.ops.activation.contract import ACTIVATION
     from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION
+    from hornbeam.ops.layout.contract import LAYOUT
     from hornbeam.ops.linear.contract import FP8_LINEAR, LINEAR
     from hornbeam.ops.norm.contract import NORM
     from hornbeam.ops.probes import Probes
@@ -99,6 +100,7 @@ def _backends() -> Iterator[str]:
         (ACTIVATION, probes.activation),
         (DECODE_ATTENTION, probes.attention),
         (PREFILL_ATTENTION, probes.attention),
+        (LAYOUT, probes.layout),
         (LINEAR, probes.linear),
         (FP8_LINEAR, probes.fp8_linear),
         (NORM, probes.norm),

@@ -200,7 +200,7 @@ def _sample(
     logits = torch.randn(num_rows, shape.vocab_size, device=device).to(dtype)
     temperatures = torch.full((num_rows,), 0.8, device=device)
     seeds = torch.arange(num_rows, device=device)
-    arguments = (logits, temperatures, seeds, seeds + 7)
+    arguments = (logits, seeds, seeds + 7, temperatures, seeds, torch.zeros_like(seeds))
     yield Case(
         shape=f"temperature {num_rows}x{shape.vocab_size}",
         run=lambda: backend.sample(*arguments),

@@ -18,6 +18,7 @@ from hornbeam.executor.graphs import DecodeGraphs
 from hornbeam.executor.mixed_graphs import MixedGraphs
 from hornbeam.executor.runner import NUM_LANES, Runner
 from hornbeam.executor.state import Batch, SlotState
+from hornbeam.ops.layout.contract import StepTokens
 from hornbeam.platforms.contract import Pending, Platform
 from hornbeam.sampling.logprobs import RowLogprobs
 from hornbeam.sampling.sampler import Sampled, Sampler
@@ -54,8 +55,9 @@ class Executor:
     @torch.inference_mode()
     def _examine(self, plan: StepPlan) -> Callable[[], Tensor]:
         lane = plan.step_id % NUM_LANES
-        batch = self._state.apply(plan, len(plan.decode), lambda host: self._platform.upload(host, lane))
-        logits = self._runner.model.logits(self._runner.run(lane, plan, batch, None))
+        batch = self._state.apply(plan, lambda host: self._platform.upload(host, lane))
+        hidden = self._runner.run(lane, plan, batch, self._state.tokens(batch), None)
+        logits = self._runner.model.logits(hidden)
         return lambda: logits
 
     @torch.inference_mode()
@@ -64,39 +66,40 @@ class Executor:
         lane = plan.step_id % NUM_LANES
         graphs = self._decode_graphs
         fit = None if graphs is None else graphs.fit(plan)
-        num_rows = len(plan.decode) if fit is None else fit.size
-        batch = self._state.apply(plan, num_rows, lambda host: self._platform.upload(host, lane))
-        decode_lens = self._state.lens[batch.decode_slots] + 1
+        batch = self._state.apply(plan, lambda host: self._platform.upload(host, lane))
         if graphs is not None and fit is not None:
-            logits, scores = graphs.replay(lane, plan, batch, fit), None
+            tokens, logits = graphs.replay(lane, plan, batch, fit)
+            scores = None
         else:
-            sampling, hidden = self._hidden(lane, plan, batch)
+            tokens, sampling, hidden = self._hidden(lane, plan, batch)
             logits, scores = self._runner.model.logits(sampling), self._score(plan, batch, hidden)
-        self._state.advance(
-            torch.cat((batch.decode_slots, batch.chunk_slots)), torch.cat((decode_lens, batch.chunk_ends))
-        )
-        sampled = self._sample(plan, batch, logits, decode_lens) if plan.num_samples else None
+        sampled = self._sample(plan, batch, tokens, logits) if plan.num_samples else None
         return lambda: _result(plan, sampled, scores)
 
-    def _hidden(self, lane: int, plan: StepPlan, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Hidden rows of the tokens that sample; and of all, with padding behind them, if any score others."""
+    def _hidden(self, lane: int, plan: StepPlan, batch: Batch) -> tuple[StepTokens, Tensor, Tensor]:
+        """The step's tokens; hidden rows of those that sample; and of all, padding included, if any score others."""
         graphs = self._mixed_graphs
         if graphs is not None and (fit := graphs.fit(plan)) is not None:
-            hidden = graphs.replay(lane, plan, batch, fit)
-        elif plan.chunks and not len(batch.score_rows):
-            hidden = self._runner.run(lane, plan, batch, batch.sample_rows)
-            return hidden, hidden
-        else:
-            hidden = self._runner.run(lane, plan, batch, None)
-        return hidden[batch.sample_rows], hidden
+            tokens, hidden = graphs.replay(lane, plan, batch, fit)
+            return tokens, hidden[batch.sample_rows], hidden
+        tokens = self._state.tokens(batch)
+        if plan.chunks and not len(batch.score_rows):
+            hidden = self._runner.run(lane, plan, batch, tokens, batch.sample_rows)
+            return tokens, hidden, hidden
+        hidden = self._runner.run(lane, plan, batch, tokens, None)
+        return tokens, hidden[batch.sample_rows], hidden
 
-    def _sample(self, plan: StepPlan, batch: Batch, logits: Tensor, decode_lens: Tensor) -> Sampled:
+    def _sample(self, plan: StepPlan, batch: Batch, tokens: StepTokens, logits: Tensor) -> Sampled:
         """Choose ids, remember them on the device, and start their way to the host."""
-        slots = torch.cat((batch.decode_slots, batch.sample_slots))
-        positions = torch.cat((decode_lens, batch.sample_positions))
-        sampled = self._sampler.sample(logits, slots, positions, plan.sampling_slots, batch.logprob_rows)
-        self._state.last_ids[slots] = sampled.ids
-        return sampled.download()
+        if plan.chunks:
+            slots, positions = tokens.slots[batch.sample_rows], tokens.positions[batch.sample_rows] + 1
+        else:
+            num_rows = len(plan.decode)
+            logits, slots, positions = logits[:num_rows], tokens.decode_slots[:num_rows], tokens.decode_lens[:num_rows]
+        last_ids = self._state.last_ids
+        return self._sampler.sample(
+            logits, slots, positions, last_ids, plan.sampling_slots, batch.logprob_rows
+        ).download()
 
     def _score(self, plan: StepPlan, batch: Batch, hidden: Tensor) -> RowLogprobs | None:
         """Logprobs of the prompts' tokens that are wanted, on their way to the host."""
@@ -111,7 +114,7 @@ class Executor:
 
 def _result(plan: StepPlan, sampled: Sampled | None, scores: RowLogprobs | None) -> StepResult:
     """What was downloaded, as plain numbers. Rows of one chunk, and rows that want logprobs, stand in plan order."""
-    ids: list[int] = [] if sampled is None else sampled.ids.tolist()[: plan.num_samples]
+    ids: list[int] = [] if sampled is None else sampled.ids.tolist()
     logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
     if sampled is not None and sampled.logprobs is not None:
         by_row = dict(zip(sampled.logprob_rows, sampled.logprobs.read(), strict=True))

@@ -9,7 +9,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hornbeam.core.plan import SharedPrefix, StepPlan
@@ -18,6 +17,7 @@ from hornbeam.executor.runner import NUM_LANES, Runner
 from hornbeam.executor.state import Batch, SlotState
 from hornbeam.layers.forward import Forward, GroupForward
 from hornbeam.ops.attention.contract import Attend, LatentAttend
+from hornbeam.ops.layout.contract import StepTokens
 from hornbeam.platforms.contract import Platform
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def fit_size(sizes: Sequence[int], number: int, *, pads: bool) -> int | None:
 
 
 class DecodeGraphs:
-    """Inputs are copied into buffers that all sizes share; the outputs, logits, share memory as well.
+    """Inputs are laid out in buffers that all sizes share; the outputs, logits, share memory as well.
 
     That is safe because steps run one after the other on one stream, and logits are consumed before the next step.
     """
@@ -62,11 +62,8 @@ class DecodeGraphs:
         self._pads = pads
         self._compile_up_to = compile_up_to
         self._compiled = compiled(runner.model) if compile_up_to else runner.model
-        largest, device = batch_sizes[-1], platform.device
-        self._slots = torch.full((largest,), state.num_slots, device=device)
-        self._ids = torch.zeros_like(self._slots)
-        self._positions = torch.zeros_like(self._slots)
-        self._lens = torch.ones(largest, dtype=torch.int32, device=device)
+        tokens = state.padding(batch_sizes[-1], batch_sizes[-1])
+        self._tokens = {size: tokens.first(size, size) for size in batch_sizes}
         self._shared_sizes = tuple(filter(_is_shared_size, batch_sizes)) if runner.shares else ()
         self._replays: dict[tuple[int, int, bool], Callable[[], Tensor]] = {}
         for size in reversed(batch_sizes):  # the largest first: the smaller ones then reuse its memory
@@ -86,41 +83,36 @@ class DecodeGraphs:
         size = fit_size(self._sizes, len(plan.decode), pads=self._pads)
         return None if size is None else Fit(size, None)
 
-    def replay(self, lane: int, plan: StepPlan, batch: Batch, fit: Fit) -> Tensor:
-        """Logits [B, V] of a batch that is padded to the graph's size; valid until the next replay."""
-        size = fit.size
-        positions = self._state.lens[batch.decode_slots]
-        self._slots[:size] = batch.decode_slots
-        self._ids[:size] = self._state.last_ids[batch.decode_slots]
-        self._positions[:size] = positions
-        self._lens[:size] = positions + 1
-        self._plan(lane, size, plan.decode_lens, fit.shared)
-        return self._replays[lane, size, fit.shared is not None]()
+    def replay(self, lane: int, plan: StepPlan, batch: Batch, fit: Fit) -> tuple[StepTokens, Tensor]:
+        """The step's tokens and their logits [size, V], padding included; valid until the next replay."""
+        tokens = self._tokens[fit.size]
+        self._state.lay_out(batch, tokens)
+        self._plan(lane, fit.size, plan.decode_lens, fit.shared)
+        return tokens, self._replays[lane, fit.size, fit.shared is not None]()
 
     def _plan(
         self, lane: int, size: int, len_bounds: tuple[int, ...], shared: tuple[SharedPrefix, ...] | None
     ) -> list[Attend | LatentAttend]:
         """Refresh what each group's attention reads: the same addresses for a lane, size and kind every time."""
-        slots, lens = self._slots[:size], self._lens[:size]
-        groups = range(len(self._state.page_tables))
-        plan = self._runner.plan_decode
-        return [plan(lane, group, slots, lens, len_bounds, shared, captured=True) for group in groups]
+        tokens, plan = self._tokens[size], self._runner.plan_decode
+        slots_lens = tokens.decode_slots, tokens.decode_lens
+        groups = range(len(tokens.cache_rows))
+        return [plan(lane, group, *slots_lens, len_bounds, shared, captured=True) for group in groups]
 
     def _recordable(self, lane: int, size: int, shares: bool) -> Callable[[], Tensor]:
         """The forward pass over the buffers, planned for padding rows."""
         attends = self._plan(lane, size, (), () if shares else None)
-
+        tokens = self._tokens[size]
         model = self._compiled if size <= self._compile_up_to else self._runner.model
 
         def run() -> Tensor:
-            slots, positions = self._slots[:size], self._positions[:size]
             groups = [
-                GroupForward(rows=self._state.cache_rows(group, slots, positions), decode=attend, prefill=None)
-                for group, attend in enumerate(attends)
+                GroupForward(rows=rows, decode=attend, prefill=None)
+                for rows, attend in zip(tokens.cache_rows, attends, strict=True)
             ]
-            padding = slots == self._state.num_slots if size > 1 else None
+            padding = tokens.slots == self._state.num_slots if size > 1 else None
             fwd = Forward(num_decode=size, caches=self._runner.caches, groups=tuple(groups), padding=padding)
-            hidden = model(self._ids[:size], positions, fwd)
+            hidden = model(tokens.ids, tokens.positions, fwd)
             return self._runner.model.logits(hidden)
 
         return run

@@ -18,6 +18,7 @@ from hornbeam.executor.runner import NUM_LANES, Runner
 from hornbeam.executor.state import Batch, SlotState
 from hornbeam.layers.forward import Forward, GroupForward
 from hornbeam.ops.attention.contract import Attend, LatentAttend
+from hornbeam.ops.layout.contract import StepTokens
 from hornbeam.platforms.contract import Platform
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ _NUM_ROWS = MAX_CHUNKS + 2  # of prefill: the tokens that decode, the chunks, pa
 
 
 class MixedGraphs:
-    """Inputs are copied into buffers that all sizes share, as with `DecodeGraphs`; outputs are hidden rows."""
+    """Inputs are laid out in buffers that all sizes share, as with `DecodeGraphs`; outputs are hidden rows."""
 
     def __init__(
         self, runner: Runner, platform: Platform, state: SlotState, token_counts: tuple[int, ...], *, pads: bool
@@ -40,12 +41,8 @@ class MixedGraphs:
         self._sizes: tuple[int, ...] = ()
         self._pads = pads
         largest, device = token_counts[-1], platform.device
-        self._padding = torch.tensor([[state.num_slots], [0], [0]], device=device)
-        self._tokens = self._padding.repeat(1, largest)  # slots, ids, positions
-        self._places = torch.arange(largest, device=device)
-        self._decodes = torch.zeros(largest, dtype=torch.bool, device=device)
-        self._decode_slots = torch.full((largest,), state.num_slots, device=device)
-        self._decode_lens = torch.ones(largest, dtype=torch.int32, device=device)
+        tokens = state.padding(largest, self._num_decode(largest))
+        self._tokens = {size: tokens.first(size, self._num_decode(size)) for size in token_counts}
         self._row_slots = torch.full((_NUM_ROWS,), state.num_slots, device=device)
         self._row_lens = torch.zeros(_NUM_ROWS, dtype=torch.int32, device=device)
         self._replays: dict[tuple[int, int, bool], Callable[[], Tensor]] = {}
@@ -69,22 +66,15 @@ class MixedGraphs:
             return None
         return Fit(size, self._runner.worth_sharing(plan))
 
-    def replay(self, lane: int, plan: StepPlan, batch: Batch, fit: Fit) -> Tensor:
-        """Hidden rows of the step's tokens, then of padding [size, H]; valid until the next replay."""
-        size, num_tokens, padding_slot = fit.size, plan.num_tokens, self._state.num_slots
-        self._tokens[:, :num_tokens] = torch.stack(self._runner.tokens(batch))
-        self._tokens[:, num_tokens:size] = self._padding
-        torch.lt(self._places, len(plan.decode), out=self._decodes)
-        num_rows = self._num_decode(size)
-        slots, _, positions = self._tokens[:, :num_rows]
-        decodes = self._decodes[:num_rows]
-        self._decode_slots[:num_rows] = torch.where(decodes, slots, padding_slot)
-        self._decode_lens[:num_rows] = torch.where(decodes, positions + 1, 1)
+    def replay(self, lane: int, plan: StepPlan, batch: Batch, fit: Fit) -> tuple[StepTokens, Tensor]:
+        """The step's tokens, then padding, and their hidden rows [size, H]; valid until the next replay."""
+        tokens = self._tokens[fit.size]
+        self._state.lay_out(batch, tokens)
         chunks = slice(1, 1 + len(plan.chunks))
         self._row_slots[chunks] = batch.chunk_slots
         self._row_lens[chunks] = batch.chunk_ends
-        self._plan(lane, size, plan, fit.shared)
-        return self._replays[lane, size, fit.shared is not None]()
+        self._plan(lane, fit.size, plan, fit.shared)
+        return tokens, self._replays[lane, fit.size, fit.shared is not None]()
 
     def _num_decode(self, size: int) -> int:
         """Tokens that may decode: the first ones, as many as there can be requests."""
@@ -94,8 +84,8 @@ class MixedGraphs:
         self, lane: int, size: int, plan: StepPlan, shared: tuple[SharedPrefix, ...] | None
     ) -> list[tuple[Attend | LatentAttend, Attend | LatentAttend]]:
         """Refresh what each group's attention reads, decode and prefill."""
-        num_rows, unused = self._num_decode(size), ((0, 0),) * (MAX_CHUNKS - len(plan.chunks))
-        slots, lens = self._decode_slots[:num_rows], self._decode_lens[:num_rows]
+        tokens, unused = self._tokens[size], ((0, 0),) * (MAX_CHUNKS - len(plan.chunks))
+        slots, lens = tokens.decode_slots, tokens.decode_lens
         chunks = ((chunk.end, len(chunk.token_ids)) for chunk in plan.chunks)
         rows = (0, len(plan.decode)), *chunks, *unused, (0, size - plan.num_tokens)
         runner, slots_lens = self._runner, (self._row_slots, self._row_lens)
@@ -110,23 +100,21 @@ class MixedGraphs:
     def _recordable(self, lane: int, size: int, *, shares: bool) -> Callable[[], Tensor]:
         """The forward pass over the buffers, planned for padding alone."""
         attends = self._plan(lane, size, StepPlan(step_id=0), () if shares else None)
-        num_rows = self._num_decode(size)
+        tokens = self._tokens[size]
 
         def run() -> Tensor:
-            slots, ids, positions = self._tokens[:, :size]
             groups = [
-                GroupForward(rows=self._state.cache_rows(group, slots, positions), decode=decode, prefill=prefill)
-                for group, (decode, prefill) in enumerate(attends)
+                GroupForward(rows=rows, decode=decode, prefill=prefill)
+                for rows, (decode, prefill) in zip(tokens.cache_rows, attends, strict=True)
             ]
-            padding = slots == self._state.num_slots
             fwd = Forward(
-                num_decode=num_rows,
+                num_decode=len(tokens.decode_slots),
                 caches=self._runner.caches,
                 groups=tuple(groups),
-                padding=padding,
-                decodes=self._decodes[:num_rows],
+                padding=tokens.slots == self._state.num_slots,
+                decodes=tokens.decode_slots != self._state.num_slots,
             )
-            return self._runner.model(ids, positions, fwd)
+            return self._runner.model(tokens.ids, tokens.positions, fwd)
 
         return run
 

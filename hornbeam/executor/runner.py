@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from hornbeam.cache.pool import CachePool
@@ -10,6 +9,7 @@ from hornbeam.core.plan import SharedPrefix, StepPlan
 from hornbeam.executor.state import Batch, SlotState
 from hornbeam.layers.forward import Forward, GroupForward, LayerCache, Model
 from hornbeam.ops.attention.contract import Attend, GroupAttention, LatentAttend, Rows
+from hornbeam.ops.layout.contract import StepTokens
 
 NUM_LANES = 2
 
@@ -51,36 +51,24 @@ class Runner:
         pays = any(least is not None and saved >= least for least in self._least_shared)
         return plan.shared if pays else None
 
-    def run(self, lane: int, plan: StepPlan, batch: Batch, wanted: Tensor | None) -> Tensor:
+    def run(self, lane: int, plan: StepPlan, batch: Batch, tokens: StepTokens, wanted: Tensor | None) -> Tensor:
         """Hidden rows of the tokens `wanted`, [R] int64 among the B + T of the step: decode rows, then those of chunks.
 
         None: of all.
         """
-        num_decode = len(batch.decode_slots)
-        slots, ids, positions = self.tokens(batch)
         groups, shared = [], self.worth_sharing(plan)
-        for group in range(len(self._state.page_tables)):
+        for group, rows in enumerate(tokens.cache_rows):
             decode = prefill = None
             if plan.decode:
-                slots_lens = batch.decode_slots, (positions[:num_decode] + 1).int()
+                slots_lens = tokens.decode_slots, tokens.decode_lens
                 decode = self.plan_decode(lane, group, *slots_lens, plan.decode_lens, shared, captured=False)
             if plan.chunks:
                 chunks = [(chunk.end, len(chunk.token_ids)) for chunk in plan.chunks]
                 slots_lens = batch.chunk_slots, batch.chunk_ends.int()
                 prefill = self.plan_prefill(lane, group, *slots_lens, chunks, captured=False)
-            rows = self._state.cache_rows(group, slots, positions)
             groups.append(GroupForward(rows=rows, decode=decode, prefill=prefill))
-        fwd = Forward(num_decode=num_decode, caches=self.caches, groups=tuple(groups), wanted=wanted)
-        return self.model(ids, positions, fwd)
-
-    def tokens(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Slots, ids and positions [B + T] of the step's tokens: those that decode, then those of chunks."""
-        slots, state = batch.decode_slots, self._state
-        return (
-            torch.cat((slots, batch.chunk_token_slots)),
-            torch.cat((state.last_ids[slots], batch.chunk_ids)),
-            torch.cat((state.lens[slots], batch.chunk_positions)),
-        )
+        fwd = Forward(num_decode=len(plan.decode), caches=self.caches, groups=tuple(groups), wanted=wanted)
+        return self.model(tokens.ids, tokens.positions, fwd)
 
     def plan_decode(
         self,

@@ -10,6 +10,7 @@ import torch
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION, Activation
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION, AttentionBackend
+from hornbeam.ops.layout.contract import LAYOUT, Layout
 from hornbeam.ops.linear.contract import FP8_LINEAR, LINEAR, Fp8Product, LinearProduct
 from hornbeam.ops.mla.contract import LATENT_ATTENTION, LATENT_ROWS, SINGLE_LATENT_ATTENTION, LatentRows
 from hornbeam.ops.moe.contract import EXPERTS, ROUTING, ExpertsBackend, Routing
@@ -33,6 +34,7 @@ class Kernels:
     experts: ExpertsBackend | None  # of mixtures; None: the model is dense
     fp8_linear: Fp8Product | None  # of weights that are eight-bit floats; None: there are none
     latent_rows: LatentRows | None  # of latent attention; None: the model has another
+    layout: Layout
     linear: LinearProduct
     norm: Norm
     prefill_attention: AttentionBackend
@@ -72,6 +74,7 @@ def choose_kernels(
         experts=_choose(EXPERTS, query, probes.experts) if query.mixture else None,
         fp8_linear=_choose(FP8_LINEAR, query, probes.fp8_linear, plain) if query.fp8 else None,
         latent_rows=_choose(LATENT_ROWS, query, probes.latent_rows) if latent else None,
+        layout=_choose(LAYOUT, query, probes.layout),
         linear=chosen(LINEAR, query, probes.linear, plain),
         norm=chosen(NORM, query, probes.norm, plain),
         prefill_attention=_choose(prefill, query, attention_probe, prefill_attention),

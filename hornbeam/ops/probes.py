@@ -13,6 +13,7 @@ from hornbeam.core.family import LatentSizes, MixtureShape
 from hornbeam.core.fp8 import Fp8Format
 from hornbeam.ops.activation.contract import Activation
 from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape, LatentAttend, Rows
+from hornbeam.ops.layout.contract import Layout, PlannedTokens, SlotTables, StepTokens
 from hornbeam.ops.linear.contract import SCALE_BLOCK, Fp8Product, Fp8Weight, InputNorm, LinearProduct
 from hornbeam.ops.mla.contract import LatentRows
 from hornbeam.ops.moe.contract import ExpertsBackend, ExpertsShape, ExpertWeights, GatedUnit, Routing, RoutingRule
@@ -132,6 +133,24 @@ class Probes:
         backend.absorb(q, row, norm, rotation, self._pages(), zero, up)
         self._wait()
 
+    def layout(self, backend: Layout) -> None:
+        """One token."""
+        zero, zeros = self._integers(1), self._integers(1, 1)
+        tables = SlotTables(
+            lens=self._integers(2),
+            last_ids=self._integers(2),
+            page_tables=self._integers(1, 2, _MAX_PAGES, dtype=torch.int32),
+            page_size=self._query.page_size,
+        )
+        lens = self._integers(1, dtype=torch.int32)
+        planned = PlannedTokens(num_decode=1, slots=zero, ids=zero[1:], positions=zero[1:], entries=zero, pages=zero)
+        backend.lay_out(
+            planned,
+            tables,
+            StepTokens(slots=+zero, ids=+zero, positions=+zero, cache_rows=zeros, decode_slots=+zero, decode_lens=lens),
+        )
+        self._wait()
+
     def linear(self, backend: LinearProduct) -> None:
         """One row and two."""
         for num_rows in (1, 2):
@@ -168,7 +187,8 @@ class Probes:
         """One row."""
         logits, ones, zeros = self._zeros(1, 64), torch.ones(1, device=self._device), self._integers(1)
         backend.penalize(logits, zeros, self._integers(1, 64, dtype=torch.int32), ones, ones, ones)
-        backend.sample(logits, ones, zeros, zeros, backend.thresholds(logits, ones, zeros + 1, ones / 2, ones / 2))
+        thresholds = backend.thresholds(logits, ones, zeros + 1, ones / 2, ones / 2)
+        backend.sample(logits, zeros, zeros, ones, zeros, self._integers(1), thresholds)
         self._wait()
 
     def _blocks(self, *shape: int) -> tuple[Tensor, Tensor]:

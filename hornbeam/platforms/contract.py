@@ -41,7 +41,10 @@ class Platform(Protocol):
         """Start `work`; when all it enqueued is done, the callable it returned makes the result on the host."""
 
     def upload(self, host: Tensor, lane: int) -> Tensor:
-        """Copy a CPU tensor to the device without waiting; a lane's staging memory is free again after its step."""
+        """A CPU tensor as one that the device reads, without waiting; valid until the lane's next upload.
+
+        For what is read once or twice: it may be read across the bus. The lane's step before must be done.
+        """
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Record `run` as a graph; asks facts().graphs. The result replays it.

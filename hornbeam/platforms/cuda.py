@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_LEAST_STAGING = 64 << 10  # bytes
 _POLL_SECONDS = 50e-6  # between two looks at the device: much less than a step, and cheap
 
 
@@ -65,6 +66,7 @@ class CudaPlatform:
         self._stream.wait_stream(torch.cuda.current_stream())
         torch.cuda.set_stream(self._stream)
         self._graph_memory: Any = torch.cuda.graph_pool_handle()
+        self._staging: dict[int, _Staging] = {}  # by lane
 
     def facts(self) -> PlatformFacts:
         """See `Platform`."""
@@ -108,8 +110,10 @@ class CudaPlatform:
         return EventPending(event, finish)
 
     def upload(self, host: Tensor, lane: int) -> Tensor:
-        """See `Platform`. Torch's allocator of pinned memory keeps a block until the copy from it is done."""
-        return host.pin_memory().to(self.device, non_blocking=True)
+        """See `Platform`. Kernels read the host's pinned memory: a copy would keep those behind it waiting."""
+        if lane not in self._staging or self._staging[lane].num_bytes < host.nbytes:
+            self._staging[lane] = _Staging(1 << max(host.nbytes - 1, _LEAST_STAGING).bit_length(), self.device)
+        return self._staging[lane].put(host)
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """See `Platform`. Graphs replay one after the other, so they share memory, that of their outputs included.
@@ -132,6 +136,21 @@ class CudaPlatform:
             return output
 
         return replay
+
+
+class _Staging:
+    """Pinned memory of the host that the device reads, too."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.num_bytes = num_bytes
+        self._host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self._seen = torch.as_tensor(_Memory(self._host), device=device)
+        assert self._seen.data_ptr() == self._host.data_ptr(), "one address for both"
+
+    def put(self, host: Tensor) -> Tensor:
+        """A copy of the contiguous `host`, as the device sees it."""
+        self._host[: host.nbytes].copy_(host.view(-1).view(torch.uint8))
+        return self._seen[: host.nbytes].view(host.dtype).view(host.shape)
 
 
 class _Memory:

@@ -93,25 +93,30 @@ class Sampler:
         return [row for row, slot in enumerate(host_slots) if slot in self._options] if self._options else []
 
     def sample(
-        self, logits: Tensor, slots: Tensor, positions: Tensor, host_slots: Sequence[int], logprob_rows: Tensor
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        last_ids: Tensor,
+        host_slots: Sequence[int],
+        logprob_rows: Tensor,
     ) -> Sampled:
-        """Choose an id per row.
+        """Choose an id per row, and write it to its slot's place in `last_ids`, [slots + 1] int64.
 
-        logits: [R, V]; slots: [R] int64, whose host copy begins with `host_slots` (padding rows may follow);
-        positions: [R] int64 of the ids to choose; logprob_rows: `rows_with_logprobs(host_slots)` as a tensor.
+        logits: [R, V]; slots: [R] int64, on the host `host_slots`; positions: [R] int64 or int32 of the ids to choose;
+        logprob_rows: `rows_with_logprobs(host_slots)` as a tensor.
         """
-        numbers = self._floats[:, slots]
-        temperatures, top_ps, min_ps = numbers[:3]
-        seeds, top_ks = self._integers[:, slots]
         scores, thresholds = logits, None
         penalized = _any_of(self._penalized, host_slots)
         if penalized:
-            scores = self._penalties.apply(scores, slots, numbers[3:])
+            scores = self._penalties.apply(scores, slots, self._floats[3:, slots])
         if _any_of(self._biased, host_slots):
             scores = self._biases.add(scores, slots, positions)
         if _any_of(self._filtered, host_slots):
-            thresholds = self._op.thresholds(scores, temperatures, top_ks, top_ps, min_ps)
-        ids = self._op.sample(scores, temperatures, seeds, positions, thresholds)
+            temperatures, top_ps, min_ps = self._floats[:3, slots]
+            thresholds = self._op.thresholds(scores, temperatures, self._integers[1, slots], top_ps, min_ps)
+        temperatures, seeds = self._floats[0], self._integers[0]
+        ids = self._op.sample(scores, slots, positions, temperatures, seeds, last_ids, thresholds)
         if penalized:
             self._penalties.count(slots, ids)
         host_rows = self.rows_with_logprobs(host_slots)

@@ -57,13 +57,20 @@ def test_an_error_of_the_work_is_raised_by_its_result(platform):
     assert platform.submit(lambda: lambda: 1).result() == 1
 
 
-def test_uploads_are_not_overwritten_by_later_ones(platform):
-    def upload() -> object:
-        torch.cuda._sleep(50_000_000)
-        copies = [platform.upload(torch.full((1000,), number), lane=number % 2) for number in range(6)]
-        return lambda: [copy.unique().tolist() for copy in copies]
+def test_uploads_are_not_overwritten_by_those_of_the_other_lane(platform):
+    """Two steps under way, as in the engine's loop; later ones need more memory."""
 
-    assert platform.submit(upload).result() == [[number] for number in range(6)]
+    def upload(step: int) -> object:
+        torch.cuda._sleep(20_000_000)
+        seen = platform.upload(torch.full((3, 1000 << step), step), lane=step % 2)
+        total = (seen * 2).float().mean().to("cpu", non_blocking=True)
+        return lambda: total.item()
+
+    before = platform.submit(lambda: upload(0))
+    for step in range(1, 8):
+        under_way = platform.submit(lambda step=step: upload(step))
+        assert before.result() == 2 * (step - 1)
+        before = under_way
 
 
 def test_a_graph_replays_on_what_its_inputs_hold_now(platform):

@@ -12,6 +12,7 @@ from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
 from hornbeam.ops.kernels import choose_kernels
+from hornbeam.ops.layout.contract import LAYOUT
 from hornbeam.ops.linear.contract import FP8_LINEAR, LINEAR
 from hornbeam.ops.mla.contract import LATENT_ATTENTION, LATENT_ROWS, SINGLE_LATENT_ATTENTION
 from hornbeam.ops.moe.contract import EXPERTS, ROUTING
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.cpu
 
 ATTENTION = (DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION)
 LATENT = (LATENT_ATTENTION, SINGLE_LATENT_ATTENTION, LATENT_ROWS)
-REGISTRIES = (ACTIVATION, *ATTENTION, EXPERTS, *LATENT, FP8_LINEAR, LINEAR, NORM, QKV, ROUTING, SAMPLE)
+REGISTRIES = (ACTIVATION, *ATTENTION, EXPERTS, LAYOUT, *LATENT, FP8_LINEAR, LINEAR, NORM, QKV, ROUTING, SAMPLE)
 QUERY = OpQuery(
     device="cpu",
     dtype="float32",

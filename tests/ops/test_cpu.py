@@ -181,6 +181,7 @@ def test_activation() -> None:
 def test_sample(vocab_size: int, temperatures: list[float], thresholds: torch.Tensor | None) -> None:
     logits = torch.randn(4, vocab_size)
     logits[0, 400] = logits[0, 300] = logits[0, 301] = 9.0
-    arguments = torch.tensor(temperatures), torch.arange(4), torch.arange(4) + 7, thresholds
+    slots, last_ids = torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    arguments = slots, slots + 7, torch.tensor(temperatures), slots, last_ids, thresholds
     assert CpuSample().sample(logits, *arguments).equal(ReferenceSample().sample(logits, *arguments))
     assert lowest_argmax(logits)[0] == 300

@@ -10,18 +10,49 @@ from hornbeam.ops.sample.reference import ReferenceSample
 
 def draw(device, num_rows, vocab_size, dtype=torch.float32):
     logits = (torch.randn(num_rows, vocab_size, device=device) * 3).to(dtype)
-    temperatures = torch.tensor([0.0, 0.8, 1.0, 1.7], device=device).repeat(num_rows)[:num_rows]
-    seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows,), device=device)
-    positions = torch.randint(0, 2**17, (num_rows,), device=device)
-    return logits, temperatures, seeds, positions
+    slots = torch.randperm(num_rows + 3)[:num_rows].to(device)
+    positions = torch.randint(0, 2**17, (num_rows,), device=device, dtype=torch.int32)
+    temperatures = torch.tensor([0.8, 0.0, 1.0, 1.7], device=device).repeat(num_rows)[: num_rows + 3]
+    seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows + 3,), device=device)
+    return logits, slots, positions, temperatures, seeds, torch.full_like(seeds, -1)
 
 
-@pytest.mark.parametrize("vocab_size", [7, 4096, 49152])
+@pytest.mark.parametrize("vocab_size", [7, 4096, 20000])
 def test_ids_equal_the_references(device, dtype, vocab_size):
     from hornbeam.ops.sample.triton import BACKEND
 
-    inputs = draw(device, 8, vocab_size, dtype)
-    assert BACKEND.sample(*inputs).tolist() == ReferenceSample().sample(*inputs).tolist()
+    *inputs, last_ids = draw(device, 8, vocab_size, dtype)
+    expected_last_ids = last_ids.clone()
+    ids = BACKEND.sample(*inputs, last_ids)
+    assert ids.tolist() == ReferenceSample().sample(*inputs, expected_last_ids).tolist()
+    assert last_ids.tolist() == expected_last_ids.tolist()
+
+
+@pytest.mark.parametrize("num_rows", [1, 9, 20])
+def test_rows_that_share_a_program(device, num_rows, monkeypatch):
+    from hornbeam.ops.sample import triton
+
+    monkeypatch.setattr(triton, "_PROGRAMS", 4)
+    inputs = draw(device, num_rows, 2100)
+    assert triton.BACKEND.sample(*inputs).tolist() == ReferenceSample().sample(*inputs).tolist()
+
+
+def test_a_stretch_with_a_lower_bound_may_have_the_best_token(device):
+    """The noise's bound is the looser, the less noise there is: here the first stretch's is higher by 2.8 at most."""
+    from hornbeam.ops.sample.reference import gumbel_noise
+    from hornbeam.ops.sample.triton import BACKEND
+
+    num = 6 * 1024
+    zeros, ones = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, device=device)
+    scores = torch.full((1, num), -30.0, device=device)
+    noise = gumbel_noise(zeros, zeros, num)
+    scores[0, noise[0, :1024].argmin()] = 1.0
+    scores[0, 5 * 1024 + noise[0, 5 * 1024 :].argmax()] = 1.5
+    ids = BACKEND.sample(scores - noise, zeros, zeros, ones, zeros, zeros.clone())
+    assert ids[0] >= 5 * 1024
+    for temperature in (1e-4, 0.01, 100.0):
+        inputs = scores * temperature, zeros, zeros, ones * temperature, zeros, zeros.clone()
+        assert BACKEND.sample(*inputs).tolist() == ReferenceSample().sample(*inputs).tolist()
 
 
 def test_a_row_of_a_wider_tensor(device):
@@ -42,8 +73,8 @@ def test_ties_exclusions_and_nan(device):
     logits[1, 5000] = -3.0  # the only one that is not excluded, whatever the noise
     logits[3] = torch.nan  # whatever it answers must be a token
     temperatures = torch.tensor([0.0, 1.0, 0.0, 1.0], device=device)
-    zeros = torch.zeros(4, dtype=torch.int64, device=device)
-    ids = BACKEND.sample(logits, temperatures, zeros, zeros).tolist()
+    slots = torch.arange(4, device=device)
+    ids = BACKEND.sample(logits, slots, slots, temperatures, slots, slots.clone()).tolist()
     assert ids[:3] == [77, 5000, 0]
     assert 0 <= ids[3] < 9000
 
@@ -65,7 +96,8 @@ def test_thresholds_equal_the_references(device, dtype, vocab_size):
     """Rounded logits have many ties; float32 ones nearly none."""
     from hornbeam.ops.sample.triton import BACKEND
 
-    logits, temperatures, *_ = draw(device, 16, vocab_size, dtype)
+    logits, _, _, temperatures, *_ = draw(device, 16, vocab_size, dtype)
+    temperatures = temperatures[:16]
     logits[3] = 1.5  # all alike
     logits[5, ::2] = -torch.inf
     filters = draw_filters(device, 16)

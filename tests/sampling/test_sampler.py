@@ -37,7 +37,8 @@ def start(sampler: Sampler, *starts: SlotStart) -> None:
 def sample(sampler: Sampler, logits: torch.Tensor, slots: list[int], positions: list[int]) -> Sampled:
     host = tuple(slots)
     rows = torch.tensor(sampler.rows_with_logprobs(host), dtype=torch.int64)
-    return sampler.sample(logits, torch.tensor(slots), torch.tensor(positions), host, rows)
+    last_ids = torch.zeros(max(slots) + 1, dtype=torch.int64)
+    return sampler.sample(logits, torch.tensor(slots), torch.tensor(positions), last_ids, host, rows)
 
 
 def draw(sampler: Sampler, logits: torch.Tensor, slots: list[int], positions: list[int]) -> list[int]:

@@ -30,12 +30,24 @@ class Sample(Protocol):
         """None, or the reason why not."""
 
     def sample(
-        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None = None
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        temperatures: Tensor,
+        seeds: Tensor,
+        last_ids: Tensor,
+        thresholds: Tensor | None = None,
     ) -> Tensor:
-        """[R] int64 ids from logits [R, V] (any float dtype; -inf excludes a token).
+        """[R] int64 ids from logits [R, V] (any float dtype; -inf excludes a token), written to `last_ids`, too.
 
-        temperatures: [R] float32, 0 for argmax without noise (the lowest id wins a tie); seeds, positions: [R] int64;
-        thresholds: [R] float32, logits below it are excluded.
+        Args:
+            slots: [R] int64, different ones but for padding.
+            positions: [R] int64 or int32, of the ids to choose.
+            temperatures: [S] float32, 0 for argmax without noise (the lowest id wins a tie).
+            seeds: [S] int64.
+            last_ids: [S] int64.
+            thresholds: [R] float32, logits below it are excluded.
         """
 
     def thresholds(

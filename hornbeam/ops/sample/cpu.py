@@ -17,15 +17,15 @@ class CpuSample(ReferenceSample):
         """CPUs."""
         return needs_cpu(query)
 
-    def sample(
-        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None = None
+    def choose(
+        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None
     ) -> Tensor:
-        """See `Sample`."""
+        """See `ReferenceSample`."""
         ids = lowest_argmax(logits)
         rows = temperatures.nonzero().squeeze(1)
         if len(rows):
             kept = None if thresholds is None else thresholds[rows]
-            ids[rows] = super().sample(logits[rows], temperatures[rows], seeds[rows], positions[rows], kept)
+            ids[rows] = super().choose(logits[rows], temperatures[rows], seeds[rows], positions[rows], kept)
         return ids
 
 

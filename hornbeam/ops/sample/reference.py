@@ -36,9 +36,24 @@ class ReferenceSample:
         return None
 
     def sample(
-        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None = None
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        temperatures: Tensor,
+        seeds: Tensor,
+        last_ids: Tensor,
+        thresholds: Tensor | None = None,
     ) -> Tensor:
         """See `Sample`."""
+        ids = self.choose(logits, temperatures[slots], seeds[slots], positions.long(), thresholds)
+        last_ids[slots] = ids
+        return ids
+
+    def choose(
+        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None
+    ) -> Tensor:
+        """[R] int64 ids as of `Sample.sample`, where all is given by row."""
         logits = logits.float()
         if thresholds is not None:
             logits = logits.masked_fill(logits < thresholds.unsqueeze(1), -torch.inf)

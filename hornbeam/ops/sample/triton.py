@@ -1,7 +1,9 @@
 """Sampling without sorting: penalties in one pass, thresholds by search, then the best of logits and noise.
 
-The best is found in two kernels: of each stretch of the vocabulary, then of those. A threshold is found by one program
-per row, which looks at the row again and again, each time with a few pivots inside the interval that is left.
+The best is found in two kernels: the first bounds the scores of each stretch of the vocabulary from above, with noise
+that takes a few instructions; the second computes exact scores where the bounds are highest, mostly in one stretch of
+each row. A threshold is found by one program per row, which looks at the row again and again, each time with a few
+pivots inside the interval that is left.
 """
 
 import torch
@@ -13,14 +15,15 @@ from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.query import OpQuery
 from hornbeam.ops.sample.contract import GENERATED
 
-_BLOCK = 4096  # vocabulary entries per program: one row alone already fills many multiprocessors
+_BLOCK = 1024  # vocabulary entries that are bounded, or weighed exactly, together
+_MAX_ROWS = 8  # that a program bounds, which share what the noise owes to the token alone
+_PROGRAMS = 4096  # enough to fill a device: with fewer stretches, a program bounds fewer rows
 _SEARCH_BLOCK = 4096  # vocabulary entries that a search looks at together
 
 
 @triton.jit
-def _mix(h):
-    """The contract's finalizer of 32-bit words."""
-    h ^= h >> 16
+def _finish_mix(h):
+    """The contract's finalizer of 32-bit words, after its first step."""
     h *= 0x85EBCA6B
     h ^= h >> 13
     h *= 0xC2B2AE35
@@ -28,14 +31,31 @@ def _mix(h):
 
 
 @triton.jit
-def _gumbel_noise(seed, position, tokens):
-    """The contract's noise of `tokens`, float32."""
+def _mix(h):
+    """The contract's finalizer of 32-bit words."""
+    return _finish_mix(h ^ (h >> 16))
+
+
+@triton.jit
+def _half_mixed_tokens(tokens):
+    """What `_noise_bits` wants of tokens."""
+    h = _mix(tokens.to(tl.uint32) + 1)
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _half_mixed_key(seed, position):
+    """What `_noise_bits` wants of a row."""
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     key = _mix(_mix(low) + high)
     key = _mix(key + position.to(tl.uint32) * 0x9E3779B9)
-    bits = _mix(key ^ _mix(tokens.to(tl.uint32) + 1))
-    uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-    return -tl.log(-tl.log(uniform))
+    return key ^ (key >> 16)
+
+
+@triton.jit
+def _noise_bits(half_mixed_key, half_mixed_tokens):
+    """The contract's random bits. The first step of a mix is linear, so that it is done for keys and tokens apart."""
+    return _finish_mix(half_mixed_key ^ half_mixed_tokens)
 
 
 @triton.jit
@@ -45,47 +65,106 @@ def _first_best(scores, ids, vocab_size):
     return best, tl.minimum(tl.min(tl.where(scores == best, ids, vocab_size), 0), vocab_size - 1)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
-def _block_kernel(
+@triton.jit
+def _logits(row_ptr, tokens, threshold_ptr, VOCAB_SIZE: tl.constexpr, FILTERED: tl.constexpr):
+    """Of some of a row's tokens, float32, -inf for those that are excluded."""
+    logits = tl.load(row_ptr + tokens, mask=tokens < VOCAB_SIZE, other=-float("inf")).to(tl.float32)
+    if FILTERED:
+        logits = tl.where(logits < tl.load(threshold_ptr), -float("inf"), logits)
+    return logits
+
+
+# Slots come out of an upload at any offset: specialised on alignment, kernels would be compiled twice.
+@triton.jit(
+    do_not_specialize=["num_rows", "rows_per_program", "num_blocks"],
+    do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"],
+)
+def _bound_kernel(
     logits_ptr,
+    slots_ptr,
+    positions_ptr,
     temperatures_ptr,
     seeds_ptr,
-    positions_ptr,
     thresholds_ptr,
-    best_scores_ptr,
-    best_ids_ptr,
+    bounds_ptr,
     logits_stride,
+    num_rows,
+    rows_per_program,
     num_blocks,
     VOCAB_SIZE: tl.constexpr,
     FILTERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The best of BLOCK tokens of one row."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """A number that no score of BLOCK tokens exceeds, for some rows: for greedy ones their best score itself.
+
+    With y = 1 - uniform, noise is at most -log(y), as -log(1 - y) >= y. And log2(y) is at least what y's bits say when
+    they are read as a fixed-point number, since log2(1 + m) >= m for a mantissa m.
+    """
+    block = tl.program_id(0)
     tokens = block * BLOCK + tl.arange(0, BLOCK)
-    inside = tokens < VOCAB_SIZE
-    scores = tl.load(logits_ptr + row * logits_stride + tokens, mask=inside, other=-float("inf")).to(tl.float32)
-    temperature = tl.load(temperatures_ptr + row)
-    if FILTERED:
-        scores = tl.where(scores < tl.load(thresholds_ptr + row), -float("inf"), scores)
-    if temperature > 0:
-        noise = _gumbel_noise(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), tokens)
-        scores = scores / temperature + noise
-    best, token = _first_best(scores, tokens, VOCAB_SIZE)
-    tl.store(best_scores_ptr + row * num_blocks + block, best)
-    tl.store(best_ids_ptr + row * num_blocks + block, token)
+    half_mixed_tokens = _half_mixed_tokens(tokens)
+    first = tl.program_id(1).to(tl.int64) * rows_per_program
+    for row in range(first, tl.minimum(first + rows_per_program, num_rows)):
+        row_ptr = logits_ptr + row * logits_stride
+        logits = _logits(row_ptr, tokens, thresholds_ptr + row, VOCAB_SIZE, FILTERED)
+        slot = tl.load(slots_ptr + row)
+        temperature = tl.load(temperatures_ptr + slot)
+        if temperature > 0:
+            key = _half_mixed_key(tl.load(seeds_ptr + slot), tl.load(positions_ptr + row))
+            bits = _noise_bits(key, half_mixed_tokens)
+            # y is (~bits >> 9) + 0.5 units of 2^-23: below the exponent of 1, these bits are the float 1 + y - 2^-24.
+            y = ((~bits >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
+            fixed_log = y.to(tl.int32, bitcast=True).to(tl.float32)  # (log2(y) + 127) * 2^23, or less
+            bound = tl.max(logits * (1.0 / temperature) - fixed_log * 8.262958294867817e-08, 0) + 88.02969193111305
+            bound = tl.maximum(bound * 1.000001, bound * 0.999999) + 1e-3  # more than what is lost by rounding
+        else:
+            bound = tl.max(logits, 0)
+        tl.store(bounds_ptr + row * num_blocks + block, bound)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
-def _row_kernel(best_scores_ptr, best_ids_ptr, out_ptr, num_blocks, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The best of a row's stretches."""
+@triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])
+def _choose_kernel(
+    logits_ptr,
+    slots_ptr,
+    positions_ptr,
+    temperatures_ptr,
+    seeds_ptr,
+    thresholds_ptr,
+    bounds_ptr,
+    out_ptr,
+    last_ids_ptr,
+    logits_stride,
+    num_blocks,
+    VOCAB_SIZE: tl.constexpr,
+    FILTERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The best token of a row, by exact scores where the bound is highest, and wherever one may be better."""
     row = tl.program_id(0).to(tl.int64)
-    blocks = tl.arange(0, BLOCK)
-    inside = blocks < num_blocks
-    scores = tl.load(best_scores_ptr + row * num_blocks + blocks, mask=inside, other=-float("inf"))
-    ids = tl.load(best_ids_ptr + row * num_blocks + blocks, mask=inside, other=VOCAB_SIZE)
-    _, token = _first_best(scores, ids, VOCAB_SIZE)
-    tl.store(out_ptr + row, token.to(tl.int64))
+    slot = tl.load(slots_ptr + row)
+    temperature = tl.load(temperatures_ptr + slot)
+    key = _half_mixed_key(tl.load(seeds_ptr + slot), tl.load(positions_ptr + row))
+    blocks = tl.arange(0, BLOCKS)
+    bounds = tl.load(bounds_ptr + row * num_blocks + blocks, mask=blocks < num_blocks, other=-float("inf"))
+    best, chosen = -float("inf"), VOCAB_SIZE - 1
+    searching = True
+    while searching:
+        _, block = _first_best(bounds, blocks, num_blocks)
+        tokens = block * BLOCK + tl.arange(0, BLOCK)
+        row_ptr = logits_ptr + row * logits_stride
+        scores = _logits(row_ptr, tokens, thresholds_ptr + row, VOCAB_SIZE, FILTERED)
+        if temperature > 0:
+            bits = _noise_bits(key, _half_mixed_tokens(tokens))
+            uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+            scores = scores / temperature - tl.log(-tl.log(uniform))
+        score, token = _first_best(scores, tokens, VOCAB_SIZE)
+        if (score > best) | ((score == best) & (token < chosen)):
+            best, chosen = score, token
+        bounds = tl.where(blocks == block, -float("inf"), bounds)
+        searching = tl.max(bounds, 0) > best
+    tl.store(out_ptr + row, chosen)
+    tl.store(last_ids_ptr + slot, chosen)
 
 
 @triton.jit
@@ -229,38 +308,37 @@ class TritonSample:
         return needs_cuda(query)
 
     def sample(
-        self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None = None
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        temperatures: Tensor,
+        seeds: Tensor,
+        last_ids: Tensor,
+        thresholds: Tensor | None = None,
     ) -> Tensor:
         """See `Sample`."""
         assert logits.stride(1) == 1, "a row's logits must be adjacent"
         num_rows, vocab_size = logits.shape
         num_blocks = triton.cdiv(vocab_size, _BLOCK)
-        best_scores = torch.empty((num_rows, num_blocks), dtype=torch.float32, device=logits.device)
-        best_ids = torch.empty((num_rows, num_blocks), dtype=torch.int32, device=logits.device)
+        bounds = torch.empty((num_rows, num_blocks), dtype=torch.float32, device=logits.device)
         out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-        _block_kernel[(num_rows, num_blocks)](
-            logits,
-            temperatures,
-            seeds,
-            positions,
-            temperatures if thresholds is None else thresholds,  # not read without
-            best_scores,
-            best_ids,
+        rows = logits, slots, positions, temperatures, seeds, temperatures if thresholds is None else thresholds
+        sizes = {"VOCAB_SIZE": vocab_size, "FILTERED": thresholds is not None, "BLOCK": _BLOCK}
+        rows_per_program = min(max(num_rows * num_blocks // _PROGRAMS, 1), _MAX_ROWS)
+        _bound_kernel[(num_blocks, triton.cdiv(num_rows, rows_per_program))](
+            *rows, bounds, logits.stride(0), num_rows, rows_per_program, num_blocks, **sizes, num_warps=2
+        )
+        _choose_kernel[(num_rows,)](
+            *rows,
+            bounds,
+            out,
+            last_ids,
             logits.stride(0),
             num_blocks,
-            VOCAB_SIZE=vocab_size,
-            FILTERED=thresholds is not None,
-            BLOCK=_BLOCK,
+            **sizes,
+            BLOCKS=triton.next_power_of_2(num_blocks),
             num_warps=8,
-        )
-        _row_kernel[(num_rows,)](
-            best_scores,
-            best_ids,
-            out,
-            num_blocks,
-            VOCAB_SIZE=vocab_size,
-            BLOCK=triton.next_power_of_2(num_blocks),
-            num_warps=1,
         )
         return out
 
