@@ -19,8 +19,10 @@ from hornbeam.ops.moe.triton_order import Order, order_by_expert
 from hornbeam.weights.fp8 import draw_values, scales_shape
 
 _BLOCK_ROWS = (16, 32, 64, 128)
-_DRAWS = 4  # choices of experts that are timed together, so that weights do not come from the device's cache
+_MOST_DRAWS = 4  # choices of experts that are timed together, so that weights do not come from the device's cache:
+_LEAST_BYTES = 2**28  # so many of them, several times the cache
 _REPEATS = 3
+_HOPELESS = 1.3  # times the best so far: not timed again
 _SHARED_MEMORY = 227 * 1024  # of a program, bytes
 _SUMS = 128  # per thread
 _MOST_PROGRAMS = 8  # per multiprocessor
@@ -45,41 +47,49 @@ class TileSearch:
         self._shape = shape
         self._gate_up = _draw(shape, 2 * shape.intermediate_size, shape.hidden_size)
         self._down = _draw(shape, shape.hidden_size, shape.intermediate_size)
+        self._compiled: set[int] = set()  # rows of blocks
 
-    def compile(self) -> None:
+    def _compile(self, block_m: int) -> None:
         """Compile all candidates, several at a time, since that takes longer than to run them."""
+        if block_m in self._compiled:
+            return
+        self._compiled.add(block_m)
         jobs = [
             (case.launch, tile)
-            for block_m in _BLOCK_ROWS
             for case, tiles in zip(self._cases(1, block_m), self._candidates(block_m), strict=True)
             for tile in tiles
             if tile.group == 1 and (tile.flatten or not tile.programs)
         ]
         _runs(*jobs[0])  # alone, since a kernel sets itself up once
         with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.synchronize) as pool:  # makes a context current
-            list(tqdm(pool.map(lambda job: _runs(*job), jobs), total=len(jobs), desc="Kernels compiled"))
+            list(tqdm(pool.map(lambda job: _runs(*job), jobs), total=len(jobs), desc="Kernels", leave=False))
 
     def best(self, num_tokens: int) -> Tiles:
         """The best tiles: for each number of rows in a block, of one product and of the other."""
         found: list[tuple[float, Tiles]] = []
         per_expert = num_tokens * self._shape.top_k / self._shape.num_experts
         for block_m in _BLOCK_ROWS:
-            if block_m == 16 or per_expert / 4 <= block_m <= 8 * per_expert:
+            at_hand = block_m == _BLOCK_ROWS[-1] or per_expert <= 4 * block_m
+            if at_hand and (block_m == _BLOCK_ROWS[0] or block_m <= 8 * per_expert):
+                self._compile(block_m)
                 gate_up, down = self._cases(num_tokens, block_m)
                 gate_up_tiles, down_tiles = self._candidates(block_m)
-                gate_up_seconds, gate_up_tile = _fastest(gate_up.launch, gate_up_tiles)
-                down_seconds, down_tile = _fastest(down.launch, down_tiles)
+                gate_up_seconds, gate_up_tile = _fastest(gate_up, gate_up_tiles)
+                down_seconds, down_tile = _fastest(down, down_tiles)
                 tiles = Tiles(block_m=block_m, gate_up=gate_up_tile, down=down_tile)
                 found.append((gate_up_seconds + down_seconds, tiles))
         seconds, tiles = min(found, key=lambda entry: entry[0])
-        tqdm.write(f"{num_tokens} tokens: {seconds / _DRAWS * 1e6:.0f} us, {tiles}")
+        tqdm.write(f"{num_tokens} tokens: {seconds * 1e6:.0f} us, {tiles}")
         return tiles
 
     def _cases(self, num_tokens: int, block_m: int) -> tuple[_Product, _Product]:
         """Gate and up, down."""
         shape, device = self._shape, self._shape.device
         torch.manual_seed(0)
-        draws = (torch.rand(num_tokens, shape.num_experts, device=device) for _ in range(_DRAWS))
+        num_experts = min(num_tokens * shape.top_k, shape.num_experts)
+        num_bytes = num_experts * self._down.values[0].nbytes
+        num_draws = min(_MOST_DRAWS, -(-_LEAST_BYTES // num_bytes))
+        draws = (torch.rand(num_tokens, shape.num_experts, device=device) for _ in range(num_draws))
         ids = (draw.topk(shape.top_k).indices.int() for draw in draws)
         orders = [order_by_expert(of_tokens, shape.num_experts, block_m) for of_tokens in ids]
         x = torch.randn(num_tokens, shape.hidden_size, dtype=shape.dtype, device=device)
@@ -115,7 +125,8 @@ def candidates(block_m: int, parts: int, itemsize: int) -> list[Tile]:
     Those of eight-bit weights lie within the blocks of their scales.
     """
     if itemsize == 1:
-        settings = product((32, 64, 128), (SCALE_BLOCK,), (4, 8), (3, 4, 5), (1, 16), (False, True))
+        stages = (3, 4, 5) if block_m < 64 else (3, 4)
+        settings = product((32, 64, 128), (SCALE_BLOCK,), (4, 8), stages, (1, 16), (False, True))
     elif block_m < 64:
         settings = product((32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5), (1, 16), (False, True))
     else:
@@ -141,8 +152,14 @@ def _programs(tile: Tile, block_m: int, parts: int, itemsize: int) -> int:
     return min(_SHARED_MEMORY // shared, 2048 // (32 * tile.num_warps), _MOST_PROGRAMS)
 
 
-def _fastest(launch: Callable[[Tile], None], tiles: Sequence[Tile]) -> tuple[float, Tile]:
-    return min(((_seconds(launch, tile), tile) for tile in tiles), key=lambda timed: timed[0])
+def _fastest(case: _Product, tiles: Sequence[Tile]) -> tuple[float, Tile]:
+    """The seconds of one draw with the best of `tiles`, and that."""
+    best, fastest = float("inf"), tiles[0]
+    for tile in tiles:
+        seconds = _seconds(case.launch, tile, _HOPELESS * best)
+        if seconds < best:
+            best, fastest = seconds, tile
+    return best / len(case.orders), fastest
 
 
 def _runs(launch: Callable[[Tile], None], tile: Tile) -> bool:
@@ -154,8 +171,11 @@ def _runs(launch: Callable[[Tile], None], tile: Tile) -> bool:
     return True
 
 
-def _seconds(launch: Callable[[Tile], None], tile: Tile) -> float:
-    """The least time on the device, as a graph, so that launching does not count; infinite if it cannot run."""
+def _seconds(launch: Callable[[Tile], None], tile: Tile, hopeless: float) -> float:
+    """The least time on the device, as a graph, so that launching does not count; infinite if it cannot run.
+
+    Above `hopeless` it is not timed again.
+    """
     if not _runs(launch, tile):
         return float("inf")
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -165,12 +185,14 @@ def _seconds(launch: Callable[[Tile], None], tile: Tile) -> float:
         launch(tile)
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    times: list[float] = []
+    least = float("inf")
     for _ in range(_REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(float(start.elapsed_time(end)) / 1000)
-    return min(times)
+        least = min(least, float(start.elapsed_time(end)) / 1000)
+        if least > hopeless:
+            break
+    return least

@@ -1,6 +1,7 @@
 """`hornbeam tune moe`: searches the tiles of a model's grouped products on the GPU at hand, and writes their table."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,34 +12,41 @@ from tqdm import tqdm
 from hornbeam.core.errors import ConfigError, HornbeamError
 from hornbeam.models.index import find_family
 from hornbeam.ops.moe.contract import ExpertsShape, GatedUnit
-from hornbeam.ops.moe.tiles import TableKey, Tiles, tuned_folder, write_table
+from hornbeam.ops.moe.tiles import TableKey, read_table, tuned_folder, write_table
 from hornbeam.weights.checkpoint import open_checkpoint
 
-NUM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+# From coarse to fine, so that a search that is cut off leaves tiles for all kinds of steps.
+NUM_TOKENS = (256, 8192, 32, 1024, 1, 128, 4096, 64, 2048, 512, 8, 16, 4, 2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line after `hornbeam tune`; the exit code."""
     parser = argparse.ArgumentParser(prog="hornbeam tune", description="Searches the fastest settings of kernels.")
     commands = parser.add_subparsers(dest="command", required=True)
-    moe = commands.add_parser("moe", help="tiles of the products of experts")
+    moe = commands.add_parser("moe", help="tiles of the products of experts; a table that is complete is kept as it is")
     moe.add_argument("--model-path", type=Path, required=True, help="Folder with config.json.")
     moe.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="Default: bfloat16.")
     moe.add_argument("--output", type=Path, help="Folder for the table. Default: the cache folder, where it is found.")
     values = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interruption from the keyboard
     try:
         print(tune_moe(values.model_path, getattr(torch, values.dtype), values.output or tuned_folder()))  # noqa: T201
     except HornbeamError as error:
         print(f"hornbeam tune: error: {error}", file=sys.stderr)  # noqa: T201
         return 1
+    except KeyboardInterrupt:
+        print("hornbeam tune: cut off; the same command continues where this one was", file=sys.stderr)  # noqa: T201
+        return 130
     return 0
 
 
 def tune_moe(model_path: Path, dtype: torch.dtype, folder: Path) -> Path:
-    """Search for each number of tokens; the table's path.
+    """Search for each number of tokens that the table does not have yet; its path.
+
+    The table is written after each number: what is found outlives an interruption, and another call goes on from there.
 
     Raises:
-        ConfigError: the model has no experts, or there is no GPU.
+        ConfigError: the model has no experts, or there is no GPU; or the file at the table's path is none.
     """
     hf_config = open_checkpoint(model_path, "dummy").hf_config
     config = find_family(hf_config).parse(hf_config)
@@ -66,11 +74,13 @@ def tune_moe(model_path: Path, dtype: torch.dtype, folder: Path) -> Path:
     )
     from hornbeam.bench.tile_search import TileSearch
 
-    search = TileSearch(shape)
-    search.compile()
     path = folder / key.file_name
-    entries: dict[int, Tiles] = {}
-    for num_tokens in tqdm(NUM_TOKENS, desc="Numbers of tokens"):
+    entries = read_table(path) if path.exists() else {}
+    missing = [number for number in NUM_TOKENS if number not in entries]
+    if not missing:
+        return path
+    search = TileSearch(shape)
+    for num_tokens in tqdm(missing, desc="Numbers of tokens"):
         entries[num_tokens] = search.best(num_tokens)
-        write_table(path, entries)  # so that what is found so far outlives an interruption
+        write_table(path, entries)
     return path

@@ -7,7 +7,6 @@ how their sums come back, is an `Exchange`; with one rank there is nothing to se
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hornbeam.core.family import MixtureShape
@@ -27,6 +26,8 @@ class Exchange(Protocol):
     the experts' weighted sums of those rows, [R, H], and returns the sums over ranks of this rank's tokens, [T, H].
     """
 
+    keeps_rows: bool  # the rows to compute are this rank's tokens, and so are the sums: nothing is sent
+
     def dispatch(self, x: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Send tokens out."""
 
@@ -36,6 +37,8 @@ class Exchange(Protocol):
 
 class LocalExchange:
     """All experts are here."""
+
+    keeps_rows = True
 
     def dispatch(self, x: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Exchange`."""
@@ -89,8 +92,8 @@ class RoutedExperts(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """x [R, H], weights and ids [R, k] -> weighted sums [R, H]."""
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor, base: Tensor | None = None) -> Tensor:
+        """x [R, H], weights and ids [R, k] -> weighted sums [R, H], and what they are added to, `base` [R, H]."""
         experts = ExpertWeights(
             gate_up=self.gate_up.weight,
             down=self.down.weight,
@@ -99,7 +102,7 @@ class RoutedExperts(nn.Module):
             gate_up_scales=self.gate_up.scales,
             down_scales=self.down.scales,
         )
-        return self._experts(x, weights, ids, experts)
+        return self._experts(x, weights, ids, experts, base)
 
 
 class SharedExpert(nn.Module):
@@ -122,10 +125,11 @@ class WideGate(nn.Module):
     def __init__(self, hidden_size: int, num_experts: int, context: BuildContext) -> None:
         super().__init__()
         self.weight = empty_parameter((num_experts, hidden_size), context, torch.float32)
+        self._product = context.kernels.linear
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, E] float32."""
-        return F.linear(x.float(), self.weight)
+        return self._product.wide(x, self.weight)
 
 
 class MoE(nn.Module):
@@ -166,8 +170,11 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, H]."""
+        shared = None if self.shared is None else self.shared(x, fwd)
         logits = self.gate(x, fwd)
         weights, ids = self._routing.route(logits, self._rule, self.correction, self.expert_map, fwd.padding)
         arrived = self._exchange.dispatch(x, weights, ids)
+        if self._exchange.keeps_rows:
+            return self._exchange.combine(self.experts(*arrived, shared))
         out = self._exchange.combine(self.experts(*arrived))
-        return out if self.shared is None else out + self.shared(x, fwd)
+        return out if shared is None else out + shared

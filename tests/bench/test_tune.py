@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hornbeam.ops.moe.tiles import SHIPPED, Tiles, TileTable, _read, default_tiles, write_table
+from hornbeam.ops.moe.tiles import SHIPPED, Tiles, TileTable, default_tiles, read_table, write_table
 
 pytestmark = pytest.mark.cpu
 CONFIGS = Path(__file__).parents[2] / "hornbeam/bench/configs"
@@ -21,12 +21,12 @@ def test_what_cannot_be_tuned_is_told(model: str, reason: str, capsys: pytest.Ca
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     entries: dict[int, Tiles] = {4: default_tiles(1), 64: default_tiles(100)}
     write_table(tmp_path / "table.json", entries)
-    table = TileTable(_read(tmp_path / "table.json"), num_experts=8, top_k=2)
+    table = TileTable(read_table(tmp_path / "table.json"), num_experts=8, top_k=2)
     assert [table.of(n) for n in (1, 4, 5, 64, 1000)] == [entries[n] for n in (4, 4, 64, 64, 64)]
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
 def test_tables_that_come_with_the_package(path: Path) -> None:
-    entries = _read(path)
+    entries = read_table(path)
     assert len(entries) > 8
     assert all(tiles.block_m in (16, 32, 64, 128) for tiles in entries.values())

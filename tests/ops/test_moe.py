@@ -116,8 +116,9 @@ def test_the_reference_is_the_weighted_sum(unit: GatedUnit, choice: str) -> None
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         inner = (up + unit.offset) * gate * torch.sigmoid(gate * unit.alpha)
         expected[token] += weights[token, slot] * (experts.down[expert] @ inner + experts.down_bias[expert])
-    out = EXPERTS.create(make_shape(experts, 3, unit))(x, weights, ids, experts)
-    torch.testing.assert_close(out, expected)
+    compute, base = EXPERTS.create(make_shape(experts, 3, unit)), torch.randn_like(x)
+    torch.testing.assert_close(compute(x, weights, ids, experts), expected)
+    torch.testing.assert_close(compute(x, weights, ids, experts, base), base + expected)
 
 
 @pytest.mark.cpu
@@ -146,9 +147,10 @@ def test_the_kernels_sum_as_the_reference(device, choice, unit, bias):
     ids = CHOICES[choice].int().to(device)
     x, weights = torch.randn(len(ids), 72, device=device), torch.rand(len(ids), 3, device=device)
     shape = make_shape(experts, 3, unit)
-    expected = EXPERTS.create(shape)(x, weights, ids, experts)
+    base = torch.randn_like(x) if bias else None
+    expected = EXPERTS.create(shape)(x, weights, ids, experts, base)
     small = Tile(block_n=32, block_k=32, group=2, num_warps=4, num_stages=2)
-    out = TritonExperts(shape).run(x, weights, ids, experts, Tiles(block_m=16, gate_up=small, down=small))
+    out = TritonExperts(shape).run(x, weights, ids, experts, Tiles(block_m=16, gate_up=small, down=small), base)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -160,8 +162,9 @@ def test_few_tokens_sum_as_the_reference(device, unit, bias):
     experts = make_experts(5, 24, 20, torch.float32, device, bias)
     ids = torch.tensor([[4, 0], [2, -1]], dtype=torch.int32, device=device)
     x, weights = torch.randn(2, 24, device=device), torch.rand(2, 2, device=device)
-    expected = EXPERTS.create(make_shape(experts, 2, unit))(x, weights, ids, experts)
-    out = run_few_tokens(x, weights, ids, experts, unit)
+    base = torch.randn_like(x) if bias else None
+    expected = EXPERTS.create(make_shape(experts, 2, unit))(x, weights, ids, experts, base)
+    out = run_few_tokens(x, weights, ids, experts, unit, base)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -32,6 +32,9 @@ class LinearProduct(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, K], weight [N, K], bias [N] -> x W^T + b, [T, N]."""
 
+    def wide(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, K] in any dtype, weight [N, K] float32 -> x W^T, [T, N] float32, computed as precisely as that."""
+
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
     ) -> tuple[Tensor, Tensor]:

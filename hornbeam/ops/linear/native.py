@@ -38,6 +38,10 @@ class NativeLinear:
             return F.linear(x, weight, bias)
         return product(_floats(weight), x, bias)[0]
 
+    def wide(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `LinearProduct`."""
+        return self.linear(x.float(), weight, None)
+
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
     ) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,10 @@ class ReferenceLinear:
         """See `LinearProduct`."""
         return F.linear(x, weight, bias)
 
+    def wide(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `LinearProduct`."""
+        return F.linear(x.float(), weight)
+
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
     ) -> tuple[Tensor, Tensor]:

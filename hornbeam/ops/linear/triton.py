@@ -19,6 +19,7 @@ from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import early_launch
 from hornbeam.ops.linear.algorithms import LibraryProducts
 from hornbeam.ops.linear.contract import InputNorm
+from hornbeam.ops.linear.triton_wide import wide_product
 from hornbeam.ops.query import OpQuery
 
 logger = logging.getLogger(__name__)
@@ -219,6 +220,14 @@ class TritonLinear:
             return F.linear(x, weight, bias)
         return self._library.linear(x, weight)
 
+    def wide(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `LinearProduct`."""
+        if x.shape[0] == 1:
+            return _single_row(x, None, None, weight, None, gated=False)[0]
+        if x.shape[0] and x.dtype == torch.bfloat16:
+            return wide_product(x, weight)
+        return F.linear(x.float(), weight)
+
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
     ) -> tuple[Tensor, Tensor]:
@@ -241,7 +250,7 @@ def _single_row(
     assert x.shape[0] == x.stride(1) == 1
     if gated:
         num_out //= 2
-    out = torch.empty((1, num_out), dtype=x.dtype, device=x.device)
+    out = torch.empty((1, num_out), dtype=weight.dtype, device=x.device)  # as x, but for a wide product
     total = x if residual is None else torch.empty((1, num_in), dtype=x.dtype, device=x.device)
     tile = _single_row_tile(num_in, num_out) if norm is None else _normed_tile(num_in, gated)
     block_n, block_k, num_warps = tile

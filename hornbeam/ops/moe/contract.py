@@ -100,8 +100,10 @@ class ExpertWeights:
 class Experts(Protocol):
     """The experts of one layer."""
 
-    def __call__(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights) -> Tensor:
-        """Sum over each token's ids of weight * expert(x): x [T, H], weights and ids [T, k] -> [T, H].
+    def __call__(
+        self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, base: Tensor | None = None
+    ) -> Tensor:
+        """base + sum over each token's ids of weight * expert(x): x and base [T, H], weights and ids [T, k] -> [T, H].
 
         An id of -1 adds nothing, whatever its weight. The sum is in float32, the result has the dtype of `x`.
         """

@@ -66,11 +66,13 @@ class ReferenceExperts:
     def __init__(self, shape: ExpertsShape) -> None:
         self._shape = shape
 
-    def __call__(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights) -> Tensor:
+    def __call__(
+        self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, base: Tensor | None = None
+    ) -> Tensor:
         """See `Experts`."""
         order = ids.flatten().argsort(stable=True)
         counts = torch.bincount(ids.flatten() + 1, minlength=self._shape.num_experts + 1).tolist()
-        out = torch.zeros_like(x, dtype=torch.float32)
+        out = torch.zeros_like(x, dtype=torch.float32) if base is None else base.to(torch.float32, copy=True)
         for expert, pairs in enumerate(order.split(counts), start=-1):
             if expert < 0 or not len(pairs):
                 continue

@@ -6,6 +6,7 @@ in the cache folder, where `hornbeam tune moe` puts it, then among those that co
 
 import json
 import logging
+import os
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -102,15 +103,15 @@ def load_table(key: TableKey) -> TileTable:
     for folder in (tuned_folder(), SHIPPED):
         path = folder / key.file_name
         if path.exists():
-            return TileTable(_read(path), key.num_experts, key.top_k)
+            return TileTable(read_table(path), key.num_experts, key.top_k)
     logger.warning(
-        "no tuned tiles for %d experts of %d x %d on %s: products may be slow; hornbeam tune moe --model-path ... "
-        "--dtype %s searches them",
+        "no tuned tiles for %d experts of %d x %d on %s: products may be slow; hornbeam tune moe --model-path ...%s "
+        "searches them",
         key.num_experts,
         key.hidden_size,
         key.intermediate_size,
         key.device,
-        key.dtype,
+        " --dtype float16" if key.dtype == "float16" else "",
     )
     return TileTable({}, key.num_experts, key.top_k)
 
@@ -121,13 +122,20 @@ def tuned_folder() -> Path:
 
 
 def write_table(path: Path, entries: Mapping[int, Tiles]) -> None:
-    """Write `entries` as a table."""
+    """Write `entries` as a table. Whoever reads sees the one before, or all of this."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = {str(num_tokens): asdict(tiles) for num_tokens, tiles in sorted(entries.items())}
-    path.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+    unfinished.replace(path)
 
 
-def _read(path: Path) -> dict[int, Tiles]:
+def read_table(path: Path) -> dict[int, Tiles]:
+    """The entries of a table.
+
+    Raises:
+        ConfigError: it is none.
+    """
     try:
         table: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8"))
         return {

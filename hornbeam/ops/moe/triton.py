@@ -133,13 +133,15 @@ def _sum_kernel(
     parts_ptr,
     weights_ptr,
     ids_ptr,
+    base_ptr,
     out_ptr,
     SIZE: tl.constexpr,
     TOP_K: tl.constexpr,
+    HAS_BASE: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """The weighted sum of a token's pairs. Those without an expert were never written, so they are not read."""
+    """A token's base, and the weighted sum of its pairs. Those without an expert were never written, so not read."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -147,6 +149,8 @@ def _sum_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < SIZE
     total = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BASE:
+        total += tl.load(base_ptr + token * SIZE + columns, mask=inside, other=0.0).to(tl.float32)
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
         size = tl.where(tl.load(ids_ptr + pair) >= 0, SIZE, 0)
@@ -176,13 +180,15 @@ class TritonExperts:
         )
         return load_table(key)
 
-    def __call__(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights) -> Tensor:
+    def __call__(
+        self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, base: Tensor | None = None
+    ) -> Tensor:
         """See `Experts`."""
         if 0 < len(x) <= _FEW_TOKENS and self._shape.fp8 is None:
-            return run_few_tokens(x, weights, ids, experts, self._shape.unit)
+            return run_few_tokens(x, weights, ids, experts, self._shape.unit, base)
         if self._table.untried and x.is_cuda:
             self._compile(x, weights, ids, experts)
-        return self.run(x, weights, ids, experts, self._table.of(x.shape[0]))
+        return self.run(x, weights, ids, experts, self._table.of(x.shape[0]), base)
 
     def _compile(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights) -> None:
         """Have all tiles of the table compiled, side by side: a compiler at work would hold up a later step."""
@@ -198,7 +204,15 @@ class TritonExperts:
         for block_m in {tiles.block_m for tiles in untried}:
             order_by_expert(ids, self._shape.num_experts, block_m)  # of many tokens, another kernel
 
-    def run(self, x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, tiles: Tiles) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        experts: ExpertWeights,
+        tiles: Tiles,
+        base: Tensor | None = None,
+    ) -> Tensor:
         """The same with tiles of the caller's choice."""
         shape = self._shape
         assert x.is_contiguous()
@@ -218,9 +232,11 @@ class TritonExperts:
             parts,
             weights,
             ids,
+            parts if base is None else base,
             out,
             SIZE=shape.hidden_size,
             TOP_K=ids.shape[1],
+            HAS_BASE=base is not None,
             BLOCK=_SUM_BLOCK,
             **early_launch(x.device),
         )

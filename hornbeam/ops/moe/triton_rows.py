@@ -76,16 +76,18 @@ def _down_kernel(
     ids_ptr,
     weight_ptr,
     bias_ptr,
+    base_ptr,
     out_ptr,
     K: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_BASE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """BLOCK_N of N outputs of one token: the sum over its slots of share * (inner W^T + b)."""
+    """BLOCK_N of N outputs of one token: base, and the sum over its slots of share * (inner W^T + b)."""
     EVEN: tl.constexpr = K % BLOCK_K == 0
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -111,10 +113,14 @@ def _down_kernel(
             bias = tl.load(bias_ptr + expert * N + columns, mask=valid, other=0.0)
             biases += bias.to(tl.float32) * share
     out = tl.sum(total, 1) + biases
+    if HAS_BASE:
+        out += tl.load(base_ptr + token.to(tl.int64) * N + columns, mask=columns < N, other=0.0).to(tl.float32)
     tl.store(out_ptr + token.to(tl.int64) * N + columns, out.to(out_ptr.dtype.element_ty), mask=columns < N)
 
 
-def run_few_tokens(x: Tensor, shares: Tensor, ids: Tensor, experts: ExpertWeights, unit: GatedUnit) -> Tensor:
+def run_few_tokens(
+    x: Tensor, shares: Tensor, ids: Tensor, experts: ExpertWeights, unit: GatedUnit, base: Tensor | None = None
+) -> Tensor:
     """See `Experts`."""
     num_tokens, hidden = x.shape
     num_inner, top_k = experts.down.shape[2], ids.shape[1]
@@ -148,11 +154,13 @@ def run_few_tokens(x: Tensor, shares: Tensor, ids: Tensor, experts: ExpertWeight
         ids,
         experts.down,
         experts.down if experts.down_bias is None else experts.down_bias,
+        inner if base is None else base,
         out,
         K=num_inner,
         N=hidden,
         TOP_K=top_k,
         HAS_BIAS=experts.down_bias is not None,
+        HAS_BASE=base is not None,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=num_warps,
