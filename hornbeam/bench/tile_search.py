@@ -125,8 +125,8 @@ def candidates(block_m: int, parts: int, itemsize: int) -> list[Tile]:
     Those of eight-bit weights lie within the blocks of their scales.
     """
     if itemsize == 1:
-        stages = (3, 4, 5) if block_m < 64 else (3, 4)
-        settings = product((32, 64, 128), (SCALE_BLOCK,), (4, 8), stages, (1, 16), (False, True))
+        depths = (3, 4, 5) if block_m < 64 else (3, 4)
+        settings = product((32, 64, 128), (SCALE_BLOCK,), (4, 8), depths, (1, 16), (False, True))
     elif block_m < 64:
         settings = product((32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5), (1, 16), (False, True))
     else:

@@ -6,7 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHUNK = 2048
+from hornbeam.ops.launch import early_launch
+
+_CHUNK = 2048  # pairs at a time
+_FEW = 64  # where there are no more: decode of few rows, whose steps are short
 
 
 @triton.jit
@@ -19,8 +22,12 @@ def _count_kernel(
     BINS: tl.constexpr,
     TOP_K: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """log_missing: log2 of the chance that a token does not take a given expert. A token has k experts, or none."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
     for first in range(0, num_pairs, CHUNK):
@@ -39,6 +46,7 @@ def _count_kernel(
 
 def count_experts_kernel(ids: Tensor, num_experts: int, missing: float, totals: Tensor) -> None:
     """See `expert_counts.count_experts`."""
+    few = ids.numel() <= _FEW
     _count_kernel[(1,)](
         ids,
         totals,
@@ -47,6 +55,7 @@ def count_experts_kernel(ids: Tensor, num_experts: int, missing: float, totals: 
         EXPERTS=num_experts,
         BINS=triton.next_power_of_2(num_experts + 1),
         TOP_K=ids.shape[1],
-        CHUNK=_CHUNK,
-        num_warps=8,
+        CHUNK=_FEW if few else _CHUNK,
+        num_warps=1 if few else 8,
+        **early_launch(ids.device),
     )

@@ -3,10 +3,11 @@
 from torch import nn
 
 from hornbeam.layers.linear import Head, Linear
+from hornbeam.layers.moe import WideGate
 
 
 def refresh_derived(model: nn.Module) -> None:
     """Bring what `model` computes with up to date with its parameters, after they were loaded; safe to repeat."""
     for module in model.modules():
-        if isinstance(module, Linear | Head):
+        if isinstance(module, Linear | Head | WideGate):
             module.refresh_derived()

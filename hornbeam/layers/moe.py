@@ -14,7 +14,7 @@ from hornbeam.layers.context import BuildContext
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.linear import Linear
 from hornbeam.layers.mlp import GatedMLP
-from hornbeam.layers.parameters import empty_parameter, plain_weight, weight_parameters
+from hornbeam.layers.parameters import empty_parameter, freed, plain_weight, weight_parameters
 from hornbeam.ops.moe.contract import ExpertsShape, ExpertWeights, GatedUnit, RoutingRule
 
 
@@ -120,16 +120,31 @@ class SharedExpert(nn.Module):
 
 
 class WideGate(nn.Module):
-    """A gate in float32, whatever the model computes in: rounding decides between experts whose scores are close."""
+    """A gate in float32, whatever the model computes in: rounding decides between experts whose scores are close.
+
+    Most checkpoints have its weight in half precision, and it is kept so if that loses nothing: products are as exact.
+    """
 
     def __init__(self, hidden_size: int, num_experts: int, context: BuildContext) -> None:
         super().__init__()
         self.weight = empty_parameter((num_experts, hidden_size), context, torch.float32)
+        self._narrow: Tensor | None = None
+        self._dtype = context.dtype
         self._product = context.kernels.linear
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, E] float32."""
-        return self._product.wide(x, self.weight)
+        return self._product.wide(x, self.weight if self._narrow is None else self._narrow)
+
+    def refresh_derived(self) -> None:
+        """Narrow the weight if that loses nothing, and free it. Does nothing if it is freed already."""
+        if self._dtype == torch.float32 or self.weight.is_meta:
+            return
+        self._narrow = self.weight.to(self._dtype)
+        if torch.equal(self._narrow.float(), self.weight):
+            self.weight = freed(self.weight)
+        else:
+            self._narrow = None
 
 
 class MoE(nn.Module):

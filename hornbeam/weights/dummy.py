@@ -39,3 +39,5 @@ def draw_dummy(model: nn.Module, seed: int) -> None:
                 continue
             deviation = _TABLE_DEVIATION if id(parameter) in tables else _DEVIATION
             parameter.normal_(0, deviation, generator=generator)
+            if parameter.dtype == torch.float32:
+                parameter.copy_(parameter.bfloat16())  # nearly all checkpoints have them so

@@ -33,7 +33,7 @@ class LinearProduct(Protocol):
         """x [T, K], weight [N, K], bias [N] -> x W^T + b, [T, N]."""
 
     def wide(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, K] in any dtype, weight [N, K] float32 -> x W^T, [T, N] float32, computed as precisely as that."""
+        """x [T, K], weight [N, K] in the same dtype or in float32 -> x W^T, [T, N] float32: no digits are lost."""
 
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool

@@ -40,7 +40,7 @@ class NativeLinear:
 
     def wide(self, x: Tensor, weight: Tensor) -> Tensor:
         """See `LinearProduct`."""
-        return self.linear(x.float(), weight, None)
+        return self.linear(x.float(), weight.float(), None)
 
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool

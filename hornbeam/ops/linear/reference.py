@@ -29,7 +29,7 @@ class ReferenceLinear:
 
     def wide(self, x: Tensor, weight: Tensor) -> Tensor:
         """See `LinearProduct`."""
-        return F.linear(x.float(), weight)
+        return F.linear(x.float(), weight.float())
 
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool

@@ -19,7 +19,6 @@ from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import early_launch
 from hornbeam.ops.linear.algorithms import LibraryProducts
 from hornbeam.ops.linear.contract import InputNorm
-from hornbeam.ops.linear.triton_wide import wide_product
 from hornbeam.ops.query import OpQuery
 
 logger = logging.getLogger(__name__)
@@ -223,10 +222,10 @@ class TritonLinear:
     def wide(self, x: Tensor, weight: Tensor) -> Tensor:
         """See `LinearProduct`."""
         if x.shape[0] == 1:
-            return _single_row(x, None, None, weight, None, gated=False)[0]
-        if x.shape[0] and x.dtype == torch.bfloat16:
-            return wide_product(x, weight)
-        return F.linear(x.float(), weight)
+            return _single_row(x, None, None, weight, None, gated=False, dtype=torch.float32)[0]
+        if x.is_cuda and x.dtype == weight.dtype:
+            return torch.mm(x, weight.T, out_dtype=torch.float32)
+        return F.linear(x.float(), weight.float())
 
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
@@ -242,15 +241,22 @@ def _is_own(num_rows: int, weight: Tensor) -> bool:
 
 
 def _single_row(
-    x: Tensor, residual: Tensor | None, norm: InputNorm | None, weight: Tensor, bias: Tensor | None, *, gated: bool
+    x: Tensor,
+    residual: Tensor | None,
+    norm: InputNorm | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gated: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `LinearProduct.normed`."""
+    """See `LinearProduct.normed`; `dtype` is that of the outputs, by itself that of `x`."""
     num_out, num_in = weight.shape
     assert weight.is_contiguous()
     assert x.shape[0] == x.stride(1) == 1
     if gated:
         num_out //= 2
-    out = torch.empty((1, num_out), dtype=weight.dtype, device=x.device)  # as x, but for a wide product
+    out = torch.empty((1, num_out), dtype=dtype or x.dtype, device=x.device)
     total = x if residual is None else torch.empty((1, num_in), dtype=x.dtype, device=x.device)
     tile = _single_row_tile(num_in, num_out) if norm is None else _normed_tile(num_in, gated)
     block_n, block_k, num_warps = tile
@@ -307,7 +313,7 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _single_row_tile(num_in: int, num_out: int) -> tuple[int, int, int]:
-    if num_in > 8192:
+    if num_in > 8192 or num_out <= 256:
         return 1, _stretch(num_in, 2048), 8
     if num_in >= 4096:
         return 4, _stretch(num_in, 2048), 8
