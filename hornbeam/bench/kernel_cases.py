@@ -1,19 +1,17 @@
-"""What `bench kernels` runs of each op: inputs of a model's shape, the call, its reference, and the work it means.
-
-Bytes count each input and output once; operations are those of products alone.
-"""
+"""What `bench kernels` runs of each op that all models have; the ops of latents and of experts are told elsewhere."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hornbeam.bench.kernel_shapes import CONTEXT, PAGE_SIZE, PROMPT, Case, ModelShape, OpCases
+from hornbeam.bench.kernel_shapes import num_bytes as count_bytes
+from hornbeam.bench.latent_cases import LATENT_CASES
+from hornbeam.bench.mixture_cases import MIXTURE_CASES
 from hornbeam.core.plan import SharedPrefix
-from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION, Activation
 from hornbeam.ops.activation.reference import ReferenceActivation
 from hornbeam.ops.attention.contract import (
@@ -32,65 +30,20 @@ from hornbeam.ops.norm.contract import NORM, Norm
 from hornbeam.ops.norm.reference import ReferenceNorm
 from hornbeam.ops.qkv.contract import QKV, HeadNorms, Qkv, Rotation
 from hornbeam.ops.qkv.reference import ReferenceQkv
-from hornbeam.ops.query import OpQuery
 from hornbeam.ops.rope.frequencies import rope_table
 from hornbeam.ops.sample.contract import SAMPLE, Sample
 from hornbeam.ops.sample.reference import ReferenceSample
 
-_PAGE_SIZE = 16
-_CONTEXT = 1024  # tokens that each decode row attends to
-_PROMPT = 512  # tokens of each prompt
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One call."""
-
-    shape: str
-    run: Callable[[], object]  # what is timed
-    expected: Callable[[], Tensor]  # the reference's result
-    actual: Callable[[], Tensor] | None = None  # the backend's; None: what `run` returns
-    num_bytes: int
-    num_flops: int = 0
-    captures: bool = True  # into a graph, so that no time of the host's is in it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """What of a model the shapes of its kernels follow from."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-
-    def query(self, device: str, dtype: str) -> OpQuery:
-        """What backends are asked."""
-        return OpQuery(
-            device=device,
-            dtype=dtype,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            page_size=_PAGE_SIZE,
-        )
-
-
-MakeCases = Callable[[Any, ModelShape, int, torch.device, torch.dtype], Iterator[Case]]
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
 
 def _products(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of each."""
-    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    """Outputs and inputs of each; of latent attention with one product for queries."""
+    heads, values = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, shape.num_heads * shape.head_dim
+    if (latent := shape.latent) is not None:
+        heads = shape.num_heads * (latent.nope_dim + latent.rope_dim) + shape.head_dim
+        values = shape.num_heads * latent.value_dim
     return {
         "qkv": (heads, shape.hidden_size),
-        "output": (shape.hidden_size, shape.num_heads * shape.head_dim),
+        "output": (shape.hidden_size, values),
         "gate_up": (2 * shape.intermediate_size, shape.hidden_size),
         "down": (shape.hidden_size, shape.intermediate_size),
     }
@@ -107,7 +60,7 @@ def _fp8_linear(
             shape=f"{name} {num_rows}x{num_in}->{num_out}",
             run=partial(backend.linear, x, weight, None),
             expected=partial(ReferenceFp8().linear, x, weight, None),
-            num_bytes=_bytes(values, scales, x) + num_rows * num_out * dtype.itemsize,
+            num_bytes=count_bytes(values, scales, x) + num_rows * num_out * dtype.itemsize,
             num_flops=2 * num_rows * num_out * num_in,
         )
 
@@ -118,7 +71,10 @@ def _linear(
     for name, (num_out, num_in) in (_products(shape) | {"head": (shape.vocab_size, shape.hidden_size)}).items():
         weight = (torch.randn(num_out, num_in, device=device) * num_in**-0.5).to(dtype)
         x = torch.randn(num_rows, num_in, device=device).to(dtype)
-        num_bytes, num_flops = _bytes(weight, x) + num_rows * num_out * dtype.itemsize, 2 * num_rows * num_out * num_in
+        num_bytes, num_flops = (
+            count_bytes(weight, x) + num_rows * num_out * dtype.itemsize,
+            2 * num_rows * num_out * num_in,
+        )
         yield Case(
             shape=f"{name} {num_rows}x{num_in}->{num_out}",
             run=partial(backend.linear, x, weight, None),
@@ -150,7 +106,7 @@ def _norm(backend: Norm, shape: ModelShape, num_rows: int, device: torch.device,
         shape=f"add {num_rows}x{shape.hidden_size}",
         run=lambda: backend.add_rms_norm(x, residual, weight, 1e-5),
         expected=lambda: ReferenceNorm().add_rms_norm(x, residual.clone(), weight, 1e-5),
-        num_bytes=4 * _bytes(x),
+        num_bytes=4 * count_bytes(x),
     )
 
 
@@ -162,7 +118,7 @@ def _activation(
         shape=f"silu {num_rows}x{shape.intermediate_size}",
         run=lambda: backend.silu_mul(x),
         expected=lambda: ReferenceActivation().silu_mul(x),
-        num_bytes=_bytes(x) * 3 // 2,
+        num_bytes=count_bytes(x) * 3 // 2,
     )
 
 
@@ -173,8 +129,8 @@ def _qkv(backend: Qkv, shape: ModelShape, num_rows: int, device: torch.device, d
     rotation = Rotation(table=rope_table(shape.head_dim, 1e4, None, num_rows).to(device), positions=rows)
     weight = torch.ones(shape.head_dim, dtype=dtype, device=device)
     norms = HeadNorms(query=weight, key=weight, eps=1e-6)
-    num_pages = -(-num_rows // _PAGE_SIZE)
-    size = (num_pages, _PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
+    num_pages = -(-num_rows // PAGE_SIZE)
+    size = (num_pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
     pages = torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
 
     q, k, v = fused.clone().split(parts, 1)
@@ -190,7 +146,7 @@ def _qkv(backend: Qkv, shape: ModelShape, num_rows: int, device: torch.device, d
         run=lambda: backend.store(q, k, v, norms, rotation, *pages, rows),
         actual=lambda: stored(backend),
         expected=lambda: stored(ReferenceQkv()),
-        num_bytes=2 * _bytes(fused),
+        num_bytes=2 * count_bytes(fused),
     )
 
 
@@ -205,23 +161,23 @@ def _sample(
         shape=f"temperature {num_rows}x{shape.vocab_size}",
         run=lambda: backend.sample(*arguments),
         expected=lambda: ReferenceSample().sample(*arguments),
-        num_bytes=_bytes(logits),
+        num_bytes=count_bytes(logits),
     )
     filters = (torch.full_like(seeds, 50), torch.full_like(temperatures, 0.9), torch.zeros_like(temperatures))
     yield Case(
         shape=f"top-k, top-p {num_rows}x{shape.vocab_size}",
         run=lambda: backend.thresholds(logits, temperatures, *filters),
         expected=lambda: ReferenceSample().thresholds(logits, temperatures, *filters),
-        num_bytes=_bytes(logits),
+        num_bytes=count_bytes(logits),
         captures=not isinstance(backend, ReferenceSample),  # it looks at its values
     )
 
 
 def _rows(shape: ModelShape, lens: list[int], query_lens: list[int], device: torch.device, num_shared: int) -> Rows:
     """Rows with pages of their own, but for the first `num_shared` tokens, which all have from the first row."""
-    max_pages = -(-max(lens) // _PAGE_SIZE)
+    max_pages = -(-max(lens) // PAGE_SIZE)
     tables = torch.arange(1, len(lens) * max_pages + 1, dtype=torch.int32).view(len(lens), max_pages)
-    tables[:, : num_shared // _PAGE_SIZE] = tables[0, : num_shared // _PAGE_SIZE]
+    tables[:, : num_shared // PAGE_SIZE] = tables[0, : num_shared // PAGE_SIZE]
     shared = (SharedPrefix(rows=tuple(range(len(lens))), num_tokens=num_shared),) if num_shared else None
     return Rows(
         page_tables=torch.cat((tables, torch.zeros_like(tables[:1]))).to(device),
@@ -246,13 +202,13 @@ def _attention(
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        page_size=_PAGE_SIZE,
+        page_size=PAGE_SIZE,
         max_pages=rows.page_tables.shape[1],
         scale=shape.head_dim**-0.5,
         dtype=dtype,
         device=device,
     )
-    size = (rows.page_tables.numel() + 1, _PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
+    size = (rows.page_tables.numel() + 1, PAGE_SIZE, shape.num_kv_heads, shape.head_dim)
     k_pages, v_pages = (torch.randn(size, device=device).to(dtype) for _ in "kv")
     q = torch.randn(sum(rows.query_lens), shape.num_heads, shape.head_dim, device=device).to(dtype)
     attention = backend.create(settings, len(rows.query_lens))
@@ -270,7 +226,7 @@ def _attention(
         shape=name,
         run=lambda: attend(q, k_pages, v_pages),
         expected=lambda: ReferenceAttention(settings).plan_prefill(plain)(q, k_pages, v_pages),
-        num_bytes=2 * _bytes(q) + 2 * num_read * shape.num_kv_heads * shape.head_dim * dtype.itemsize,
+        num_bytes=2 * count_bytes(q) + 2 * num_read * shape.num_kv_heads * shape.head_dim * dtype.itemsize,
         num_flops=4 * pairs * shape.num_heads * shape.head_dim,
         captures=captures,
     )
@@ -279,11 +235,11 @@ def _attention(
 def _decode_attention(
     backend: AttentionBackend, shape: ModelShape, num_rows: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Case]:
-    lens = [_CONTEXT] * num_rows
-    rows, name = _rows(shape, lens, [1] * num_rows, device, 0), f"{num_rows} rows of {_CONTEXT}"
+    lens = [CONTEXT] * num_rows
+    rows, name = _rows(shape, lens, [1] * num_rows, device, 0), f"{num_rows} rows of {CONTEXT}"
     yield _attention(backend, shape, rows, device, dtype, name, sum(lens))
     if backend.least_shared is not None and num_rows > 1:
-        num_shared = _CONTEXT // 2 // _PAGE_SIZE * _PAGE_SIZE
+        num_shared = CONTEXT // 2 // PAGE_SIZE * PAGE_SIZE
         rows, num_read = _rows(shape, lens, [1] * num_rows, device, num_shared), sum(lens) - (num_rows - 1) * num_shared
         yield _attention(backend, shape, rows, device, dtype, f"{name}, {num_shared} shared", num_read)
 
@@ -292,18 +248,24 @@ def _prefill_attention(
     backend: AttentionBackend, shape: ModelShape, num_rows: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Case]:
     num_prompts = max(1, num_rows // 16)
-    lens = [_PROMPT] * num_prompts
-    rows, name = _rows(shape, lens, lens, device, 0), f"{num_prompts} prompts of {_PROMPT}"
+    lens = [PROMPT] * num_prompts
+    rows, name = _rows(shape, lens, lens, device, 0), f"{num_prompts} prompts of {PROMPT}"
     yield _attention(backend, shape, rows, device, dtype, name, sum(lens))
 
 
-CASES: Mapping[str, tuple[Registry[OpQuery, Any], MakeCases]] = {
-    "linear": (LINEAR, _linear),
-    "fp8_linear": (FP8_LINEAR, _fp8_linear),
-    "norm": (NORM, _norm),
-    "activation": (ACTIVATION, _activation),
-    "qkv": (QKV, _qkv),
-    "decode_attention": (DECODE_ATTENTION, _decode_attention),
-    "prefill_attention": (PREFILL_ATTENTION, _prefill_attention),
-    "sample": (SAMPLE, _sample),
+def _has_heads(shape: ModelShape) -> bool:
+    return shape.latent is None
+
+
+CASES: Mapping[str, OpCases] = {
+    "linear": OpCases(LINEAR, _linear),
+    "fp8_linear": OpCases(FP8_LINEAR, _fp8_linear),
+    "norm": OpCases(NORM, _norm),
+    "activation": OpCases(ACTIVATION, _activation),
+    "qkv": OpCases(QKV, _qkv, _has_heads),
+    "decode_attention": OpCases(DECODE_ATTENTION, _decode_attention, _has_heads),
+    "prefill_attention": OpCases(PREFILL_ATTENTION, _prefill_attention, _has_heads),
+    **LATENT_CASES,
+    **MIXTURE_CASES,
+    "sample": OpCases(SAMPLE, _sample),
 }

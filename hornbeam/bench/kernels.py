@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from hornbeam.bench.kernel_cases import CASES, Case, ModelShape
+from hornbeam.bench.kernel_cases import CASES
+from hornbeam.bench.kernel_shapes import Case, ModelShape, read_shape
 from hornbeam.bench.report import append_json, show
 from hornbeam.core.errors import ConfigError
-from hornbeam.core.registry import Registry
-from hornbeam.ops.query import OpQuery
 from hornbeam.platforms.contract import Platform
 from hornbeam.platforms.index import PLATFORMS
 
@@ -69,19 +68,21 @@ def main(argv: Sequence[str]) -> int:
         "--model-path", type=Path, required=True, help="A folder with config.json: only its sizes count."
     )
     parser.add_argument("--dtype", choices=_TOLERANCES, help="Default: bfloat16 on a GPU, float32 on a CPU.")
-    parser.add_argument("--op", nargs="+", choices=CASES, default=list(CASES), metavar="OP", help=", ".join(CASES))
+    parser.add_argument(
+        "--op", nargs="+", choices=CASES, metavar="OP", help=f"Default: those of the model. {', '.join(CASES)}"
+    )
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64, 256], help="Tokens of a step.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Append JSON lines to it.")
     arguments = parser.parse_args(argv)
     platform = PLATFORMS.choose(None).value.create()
     is_gpu = platform.device.type == "cuda"
     dtype = arguments.dtype or ("bfloat16" if is_gpu else "float32")
-    shape = _read_shape(arguments.model_path)
+    shape = read_shape(arguments.model_path)
     rates = platform.submit(partial(_returned, partial(_rates, platform.device, getattr(torch, dtype)))).result()
     show(f"{platform.facts().device}: {rates.bandwidth / 1e9:.0f} GB/s, {rates.products / 1e12:.2f} TFLOP/s in {dtype}")
     show(_ROW.format("op", "backend", "shape", "us", "MiB", "GFLOP", "limit", ""))
     results = []
-    for op in arguments.op:
+    for op in arguments.op or (op for op, cases in CASES.items() if cases.occurs(shape)):
         for measurement in _measure_op(op, shape, dtype, arguments.rows, platform, rates):
             show(measurement.line())
             results.append(asdict(measurement))
@@ -96,30 +97,10 @@ def _returned(work: Callable[[], T]) -> Callable[[], T]:
     return lambda: result
 
 
-def _read_shape(folder: Path) -> ModelShape:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"--model-path {folder} has no config.json; what is needed of a model is its shape")
-    config = json.loads(file.read_text("utf-8"))
-    try:
-        heads = config["num_attention_heads"]
-        return ModelShape(
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads", heads),
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocab_size=config["vocab_size"],
-        )
-    except KeyError as error:
-        raise ConfigError(f"{file} lacks {error}") from error
-
-
 def _measure_op(
     op: str, shape: ModelShape, dtype: str, rows: Sequence[int], platform: Platform, rates: Rates
 ) -> Iterator[KernelMeasurement]:
-    registry: Registry[OpQuery, Any]
-    registry, make_cases = CASES[op]
+    registry, make_cases = CASES[op].registry, CASES[op].make
     query = shape.query(platform.device.type, dtype)
     for name in registry.names():
         try:

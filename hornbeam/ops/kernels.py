@@ -68,16 +68,18 @@ def choose_kernels(
         decode, prefill, single = LATENT_ATTENTION, LATENT_ATTENTION, SINGLE_LATENT_ATTENTION
     plain = "auto" if fused else "reference"
     chosen = _choose_traced if traced else _choose
+    for_decode = _choose(decode, query, attention_probe, decode_attention)
+    alike = prefill is decode and prefill_attention == decode_attention
     return Kernels(
         activation=chosen(ACTIVATION, query, probes.activation, plain),
-        decode_attention=_choose(decode, query, attention_probe, decode_attention),
+        decode_attention=for_decode,
         experts=_choose(EXPERTS, query, probes.experts) if query.mixture else None,
         fp8_linear=_choose(FP8_LINEAR, query, probes.fp8_linear, plain) if query.fp8 else None,
         latent_rows=_choose(LATENT_ROWS, query, probes.latent_rows) if latent else None,
         layout=_choose(LAYOUT, query, probes.layout),
         linear=chosen(LINEAR, query, probes.linear, plain),
         norm=chosen(NORM, query, probes.norm, plain),
-        prefill_attention=_choose(prefill, query, attention_probe, prefill_attention),
+        prefill_attention=for_decode if alike else _choose(prefill, query, attention_probe, prefill_attention),
         qkv=_choose(QKV, query, probes.qkv, plain),
         routing=_choose(ROUTING, query, probes.routing) if query.mixture else None,
         sample=_choose(SAMPLE, query, probes.sample),

@@ -43,7 +43,7 @@ def slowly_routed(logits: Tensor, rule: RoutingRule, correction: Tensor) -> list
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_the_reference_routes_as_defined(rule: RoutingRule) -> None:
     torch.manual_seed(0)
-    logits, correction = torch.randn(50, 24), torch.randn(24) * 0.3
+    logits, correction = torch.randn(50, 24), torch.randn(24) * 0.3 - 1  # what groups leave out must not win by 0
     weights, ids = ROUTING.route(logits, rule, correction)
     for row, chosen, expected in zip(weights, ids, slowly_routed(logits, rule, correction), strict=True):
         assert dict(zip(chosen.tolist(), row.tolist(), strict=True)) == pytest.approx(expected, rel=1e-5)
@@ -57,7 +57,7 @@ def test_the_kernel_routes_as_the_reference(device, dtype, rule, extras):
     from hornbeam.ops.moe.triton_routing import BACKEND
 
     logits = torch.randn(9, 30, device=device).to(dtype)[:, :24] + torch.arange(24, device=device).to(dtype) / 64
-    correction = torch.randn(24, device=device) * 0.3 if extras else None
+    correction = torch.randn(24, device=device) * 0.3 - 1 if extras else None
     expert_map = (torch.randperm(24, device=device) - 4).clamp(min=-1).int() if extras else None
     padding = torch.arange(9, device=device) > 6 if extras else None
     weights, ids = BACKEND.route(logits, rule, correction, expert_map, padding)

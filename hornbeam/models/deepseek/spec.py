@@ -130,8 +130,10 @@ class DeepseekFamily:
         return weight_map(config)
 
     def unread(self, config: DeepseekConfig) -> tuple[str, ...]:
-        """The layer behind the last one, which drafts tokens."""
-        return (f"model.layers.{config.num_layers}.",)
+        """The layer behind the last one, which drafts tokens; and shared experts of no width, which do nothing."""
+        layers = range(0 if config.shared_size else config.num_layers)
+        empty = (f"model.layers.{layer}.mlp.shared_experts." for layer in layers)
+        return (f"model.layers.{config.num_layers}.", *empty)
 
 
 FAMILY = DeepseekFamily()

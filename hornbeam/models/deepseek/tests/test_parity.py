@@ -53,7 +53,7 @@ V3 = BASE | {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
 V2 = BASE | {"n_shared_experts": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0}
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 ROWS: dict[str, dict[str, Any]] = {
-    "deepseek_v2": V2 | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    "deepseek_v2": V2 | {"norm_topk_prob": True, "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
     "deepseek_v2, lite": V2 | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "rope_parameters": PLAIN},
     "deepseek_v3": V3,
     "deepseek_v3, unequal magnitudes": V3 | {"rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}},
@@ -74,6 +74,13 @@ ROWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("row", ROWS)
 def test_logprobs_equal_the_reference(tmp_path: Path, row: str) -> None:
     folder = save_checkpoint(tmp_path, row.partition(",")[0], ROWS[row])
+    assert_parity(folder, reference(folder), page_size=16)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_shared_experts_of_no_width(tmp_path: Path) -> None:
+    """They have tensors nevertheless."""
+    folder = save_checkpoint(tmp_path, "deepseek_v2", V2 | {"n_shared_experts": 0, "n_group": 2, "topk_group": 1})
     assert_parity(folder, reference(folder), page_size=16)
 
 
