@@ -82,13 +82,17 @@ class SlotState:
         return Batch(tokens=PlannedTokens(num_decode=len(plan.decode), **tokens), **parts)
 
     def padding(self, num_tokens: int, num_rows: int) -> StepTokens:
-        """Room for so many tokens and rows that decode, of padding alone."""
-        integers = torch.zeros((2, num_tokens), dtype=torch.int64, device=self.page_tables.device)
+        """Room for so many tokens and rows that decode, of padding alone.
+
+        Each tensor begins at a multiple of 16 bytes: for other addresses kernels would be compiled anew, in service.
+        """
+        width = num_tokens + num_tokens % 2
+        integers = torch.zeros((2, width), dtype=torch.int64, device=self.page_tables.device)[:, :num_tokens]
         return StepTokens(
             slots=torch.full_like(integers[0], self.num_slots),
             ids=integers[0],
             positions=integers[1],
-            cache_rows=integers.new_zeros((len(self.page_tables), num_tokens)),
+            cache_rows=integers.new_zeros((len(self.page_tables), width))[:, :num_tokens],
             decode_slots=integers.new_full((num_rows,), self.num_slots),
             decode_lens=integers.new_ones(num_rows, dtype=torch.int32),
         )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_checkpoints import FLAGS, PARAMS, greedy_tokens, save_random
+from gpu_checkpoints import FLAGS, PARAMS, PROMPTS, greedy_tokens, save_random
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,6 +67,30 @@ def test_reading_shared_prefixes_once_changes_no_token(wide_checkpoint, monkeypa
 def test_compiled_steps_change_no_token(wide_checkpoint, wide_reference):
     flags = {"enable_torch_compile": True, "torch_compile_max_bs": 4, "attention_backend": "triton"}
     assert greedy_tokens(wide_checkpoint, dtype="float32", **flags) == wide_reference
+
+
+def test_nothing_is_compiled_in_service(wide_checkpoint, monkeypatch):
+    """Prompts and batches of even and odd sizes, alone and mixed, with shared prefixes: a stall for all who stream."""
+    from hornbeam import Engine
+    from hornbeam.ops.attention.flashinfer import FlashInferBackend
+
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(FlashInferBackend, "least_shared", 256)
+    compiled = []
+    with Engine(model_path=str(wide_checkpoint), dtype="bfloat16", **{**FLAGS, "chunked_prefill_size": 600}) as engine:
+        monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **facts: compiled.append(name_of(facts)))
+        for num_prompts in (1, 2, 3, 5, 8):
+            for length in (1, 2, 7, 16, 33, 130):
+                prompts = [[i + 1, *[7] * (length - 1 + i % 2)] for i in range(num_prompts)]
+                engine.generate(input_ids=prompts, sampling_params={**PARAMS, "max_new_tokens": 4})
+        for prompts in (SHARED, SHARED[:5], [*SHARED[:3], *PROMPTS]):
+            engine.generate(input_ids=prompts, sampling_params=PARAMS)
+    assert not compiled
+
+
+def name_of(facts) -> str:
+    """Of a kernel, with what it was compiled for."""
+    return f"{facts['metadata']['name']} {facts['src'].signature} {facts['src'].attrs}"
 
 
 def test_chunked_prefill_changes_no_token(wide_checkpoint, wide_reference):
