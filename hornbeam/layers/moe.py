@@ -185,9 +185,9 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, H]."""
-        shared = None if self.shared is None else self.shared(x, fwd)
         logits = self.gate(x, fwd)
         weights, ids = self._routing.route(logits, self._rule, self.correction, self.expert_map, fwd.padding)
+        shared = None if self.shared is None else self.shared(x, fwd)  # its weights arrive while experts are chosen
         arrived = self._exchange.dispatch(x, weights, ids)
         if self._exchange.keeps_rows:
             return self._exchange.combine(self.experts(*arrived, shared))

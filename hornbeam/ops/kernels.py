@@ -1,8 +1,10 @@
 """The backends chosen for one model on one machine, as one value that layers are built with."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -60,31 +62,53 @@ def choose_kernels(
     Raises:
         ConfigError: the named attention backend cannot serve; the message says why.
     """
-    probes = Probes(query)
-    latent = query.latent is not None
-    attention_probe = probes.latent_attention if latent else probes.attention
-    decode, prefill, single = DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
-    if latent:
-        decode, prefill, single = LATENT_ATTENTION, LATENT_ATTENTION, SINGLE_LATENT_ATTENTION
+    probes, latent = Probes(query), query.latent is not None
     plain = "auto" if fused else "reference"
     chosen = _choose_traced if traced else _choose
-    for_decode = _choose(decode, query, attention_probe, decode_attention)
+    jobs: dict[str, Callable[[], Any]] = {  # those that take longest come first
+        "experts": partial(_choose, EXPERTS, query, probes.experts) if query.mixture else _nothing,
+        "attention": partial(_choose_attention, query, probes, decode_attention, prefill_attention),
+        "latent_rows": partial(_choose, LATENT_ROWS, query, probes.latent_rows) if latent else _nothing,
+        "fp8_linear": partial(_choose, FP8_LINEAR, query, probes.fp8_linear, plain) if query.fp8 else _nothing,
+        "sample": partial(_choose, SAMPLE, query, probes.sample),
+        "qkv": partial(_choose, QKV, query, probes.qkv, plain),
+        "linear": partial(chosen, LINEAR, query, probes.linear, plain),
+        "norm": partial(chosen, NORM, query, probes.norm, plain),
+        "activation": partial(chosen, ACTIVATION, query, probes.activation, plain),
+        "layout": partial(_choose, LAYOUT, query, probes.layout),
+        "routing": partial(_choose, ROUTING, query, probes.routing) if query.mixture else _nothing,
+    }
+    found = dict(zip(jobs, _results(list(jobs.values()), query), strict=True))
+    decode, prefill, single = found.pop("attention")
+    return Kernels(decode_attention=decode, prefill_attention=prefill, single_attention=single, **found)
+
+
+def _nothing() -> None:
+    """For an op that the model does not have."""
+
+
+def _results(jobs: Sequence[Callable[[], Any]], query: OpQuery) -> list[Any]:
+    """What the jobs return, side by side on a GPU: there most of their time goes to compilers."""
+    if query.device != "cuda":
+        return [job() for job in jobs]
+    torch.cuda.synchronize()  # sets the device up, once; in a thread, that makes its context current
+    with ThreadPoolExecutor(len(jobs), initializer=torch.cuda.synchronize) as pool:
+        return [future.result() for future in [pool.submit(job) for job in jobs]]
+
+
+def _choose_attention(
+    query: OpQuery, probes: Probes, decode_attention: str, prefill_attention: str
+) -> tuple[AttentionBackend, AttentionBackend, AttentionBackend]:
+    """Of decode, of prefill, of the decode of single rows; one after the other, since they often are the same."""
+    probe = probes.attention
+    decode, prefill, single = DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
+    if query.latent is not None:
+        probe = probes.latent_attention
+        decode, prefill, single = LATENT_ATTENTION, LATENT_ATTENTION, SINGLE_LATENT_ATTENTION
+    for_decode = _choose(decode, query, probe, decode_attention)
     alike = prefill is decode and prefill_attention == decode_attention
-    return Kernels(
-        activation=chosen(ACTIVATION, query, probes.activation, plain),
-        decode_attention=for_decode,
-        experts=_choose(EXPERTS, query, probes.experts) if query.mixture else None,
-        fp8_linear=_choose(FP8_LINEAR, query, probes.fp8_linear, plain) if query.fp8 else None,
-        latent_rows=_choose(LATENT_ROWS, query, probes.latent_rows) if latent else None,
-        layout=_choose(LAYOUT, query, probes.layout),
-        linear=chosen(LINEAR, query, probes.linear, plain),
-        norm=chosen(NORM, query, probes.norm, plain),
-        prefill_attention=for_decode if alike else _choose(prefill, query, attention_probe, prefill_attention),
-        qkv=_choose(QKV, query, probes.qkv, plain),
-        routing=_choose(ROUTING, query, probes.routing) if query.mixture else None,
-        sample=_choose(SAMPLE, query, probes.sample),
-        single_attention=_choose(single, query, attention_probe, decode_attention),
-    )
+    for_prefill = for_decode if alike else _choose(prefill, query, probe, prefill_attention)
+    return for_decode, for_prefill, _choose(single, query, partial(probe, prefill=False), decode_attention)
 
 
 def _choose(registry: Registry[OpQuery, T], query: OpQuery, probe: Callable[[T], None], wanted: str = "auto") -> T:

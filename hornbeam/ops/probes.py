@@ -40,26 +40,27 @@ class Probes:
         backend.gelu_tanh_mul(self._zeros(1, 2 * self._size))
         self._wait()
 
-    def attention(self, backend: AttentionBackend) -> None:
-        """A row that decodes, and one with two queries."""
+    def attention(self, backend: AttentionBackend, *, prefill: bool = True) -> None:
+        """A row that decodes, and with `prefill` one with two queries."""
         query = self._query
         attention, pages = backend.create(self._attention_shape(), max_rows=1), self._pages()
         sinks = self._zeros(query.num_heads) if query.sinks else None
-        for plan, num_queries in ((attention.plan_decode, 1), (attention.plan_prefill, 2)):
+        for plan, num_queries in ((attention.plan_decode, 1), (attention.plan_prefill, 2))[: 1 + prefill]:
             attend = plan(self._attention_rows(num_queries, num_queries))
             assert not isinstance(attend, LatentAttend)
             attend(self._zeros(num_queries, query.num_heads, query.head_dim), pages, pages, sinks)
         self._wait()
 
-    def latent_attention(self, backend: AttentionBackend) -> None:
-        """A row that decodes, a prompt of two tokens, and two after a long prefix."""
+    def latent_attention(self, backend: AttentionBackend, *, prefill: bool = True) -> None:
+        """A row that decodes; with `prefill` a prompt of two tokens, two after many, and many after one."""
         query, sizes = self._query, self._latent()
         attention, pages = backend.create(self._attention_shape(), max_rows=1), self._pages()
         up = self._zeros(query.num_heads, sizes.nope_dim + sizes.value_dim, sizes.rank)
+        most = _MAX_PAGES * query.page_size
+        prefills = ((2, 2), (2, most), (most - 1, most)) if prefill else ()
         for plan, num_queries, length in (
             (attention.plan_decode, 1, 1),
-            (attention.plan_prefill, 2, 2),
-            (attention.plan_prefill, 2, _MAX_PAGES * query.page_size),
+            *((attention.plan_prefill, *lens) for lens in prefills),
         ):
             attend = plan(self._attention_rows(num_queries, length))
             assert isinstance(attend, LatentAttend)
@@ -94,7 +95,7 @@ class Probes:
         )
 
     def experts(self, backend: ExpertsBackend) -> None:
-        """Two tokens, which take the first expert with all their slots: no other has weights."""
+        """Few tokens and many, which take the first expert with all their slots: no other has weights."""
         mixture, hidden = self._mixture(), self._query.hidden_size
         zeros, inner = self._zeros, mixture.intermediate_size
         shape = ExpertsShape(
@@ -111,8 +112,10 @@ class Probes:
         if self._query.fp8:
             gate_up, down = self._blocks(1, 2 * inner, hidden), self._blocks(1, hidden, inner)
             weights = ExpertWeights(gate_up=gate_up[0], down=down[0], gate_up_scales=gate_up[1], down_scales=down[1])
-        ids = self._integers(2, mixture.top_k, dtype=torch.int32)
-        backend.create(shape)(zeros(2, hidden), torch.ones(ids.shape, device=self._device), ids, weights)
+        compute = backend.create(shape)
+        for num_tokens in (2, 32):
+            ids = self._integers(num_tokens, mixture.top_k, dtype=torch.int32)
+            compute(zeros(num_tokens, hidden), torch.ones(ids.shape, device=self._device), ids, weights)
         self._wait()
 
     def routing(self, backend: Routing) -> None:
@@ -122,15 +125,16 @@ class Probes:
         self._wait()
 
     def latent_rows(self, backend: LatentRows) -> None:
-        """One token, each way."""
+        """Few tokens and many, each way."""
         query, sizes = self._query, self._latent()
-        zero, row = self._integers(1), self._zeros(1, query.head_dim)
         norm = InputNorm(weight=self._zeros(sizes.rank), eps=1e-6)
-        rotation = Rotation(table=torch.zeros(1, sizes.rope_dim, device=self._device), positions=zero)
-        q = self._zeros(1, query.num_heads, sizes.nope_dim + sizes.rope_dim)
         up = self._zeros(query.num_heads, sizes.nope_dim + sizes.value_dim, sizes.rank)
-        backend.store(q, row, norm, rotation, self._pages(), zero)
-        backend.absorb(q, row, norm, rotation, self._pages(), zero, up)
+        for num_tokens in (1, 32, 1024):
+            zero, row = self._integers(num_tokens), self._zeros(num_tokens, query.head_dim)
+            rotation = Rotation(table=torch.zeros(1, sizes.rope_dim, device=self._device), positions=zero)
+            q = self._zeros(num_tokens, query.num_heads, sizes.nope_dim + sizes.rope_dim)
+            backend.store(q, row, norm, rotation, self._pages(), zero)
+            backend.absorb(q, row, norm, rotation, self._pages(), zero, up)
         self._wait()
 
     def layout(self, backend: Layout) -> None:

@@ -60,10 +60,8 @@ def _attend_kernel(
     tiles: [num_tiles, 3] int32: the row, the tile's first query token, the row's queries from that one on.
     q: [T, NUM_HEADS, RANK + ROPE_DIM]; out: [T, NUM_HEADS, NUM_SPLITS, RANK];
     lse: [T, NUM_HEADS, NUM_SPLITS] float32, base 2, if NUM_SPLITS > 1.
+    What describes the step is older than the kernel ahead, which waited for it: so its loads need not wait.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     ROW: tl.constexpr = RANK + ROPE_DIM
     tile, head_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(tiles_ptr + 3 * tile)
@@ -76,23 +74,29 @@ def _attend_kernel(
     packed = tl.arange(0, BLOCK)
     query, head = packed // HEADS, head_block * HEADS + packed % HEADS
     valid = (query < num_queries) & (head < NUM_HEADS)
+    stretch = tl.cdiv(tl.cdiv(end, NUM_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
+    start = split * stretch
+    offsets = tl.arange(0, BLOCK_KEYS)
+    table = page_tables_ptr + tl.load(slots_ptr + row) * page_table_stride
+    page = tl.load(table + (start + offsets) // PAGE_SIZE, mask=start + offsets < end, other=0)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     index = (first + query).to(tl.int64) * NUM_HEADS + head
     features, rope = tl.arange(0, RANK), tl.arange(0, ROPE_BLOCK)
     q = q_ptr + index[:, None] * ROW
     q_latent = tl.load(q + features[None, :], mask=valid[:, None], other=0.0)
     q_rope = tl.load(q + RANK + rope[None, :], mask=valid[:, None] & (rope < ROPE_DIM)[None, :], other=0.0)
 
-    stretch = tl.cdiv(tl.cdiv(end, NUM_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
-    start = split * stretch
-    table = page_tables_ptr + tl.load(slots_ptr + row) * page_table_stride
     maximum = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     accumulator = tl.zeros([BLOCK, RANK], tl.float32)
     for block in range(start, tl.minimum(start + stretch, end), BLOCK_KEYS):
-        keys = block + tl.arange(0, BLOCK_KEYS)
+        keys = block + offsets
         inside = keys < end
-        page = tl.load(table + keys // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
-        cell = pages_ptr + (page * PAGE_SIZE + keys % PAGE_SIZE) * ROW
+        cell = pages_ptr + (page.to(tl.int64) * PAGE_SIZE + keys % PAGE_SIZE) * ROW
+        following = keys + BLOCK_KEYS
+        page = tl.load(table + following // PAGE_SIZE, mask=following < end, other=0)
         latent = tl.load(cell[:, None] + features[None, :], mask=inside[:, None], other=0.0)
         turned = tl.load(
             cell[None, :] + RANK + rope[:, None], mask=inside[None, :] & (rope < ROPE_DIM)[:, None], other=0.0
@@ -277,6 +281,7 @@ class TritonLatentAttention:
             RANK=rank,
             NUM_SPLITS=num_splits,
             BLOCK_VALUES=_BLOCK_VALUES,
+            num_warps=8,
             **early_launch(up.device),
         )
         return out

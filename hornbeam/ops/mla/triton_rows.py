@@ -111,7 +111,7 @@ def _store_kernel(
         _turn(x, x, table + 0 * heads, heads < NUM_HEADS, HALF, HALF_BLOCK, HEADS)
 
 
-@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _absorb_kernel(
     q_ptr,
     row_ptr,

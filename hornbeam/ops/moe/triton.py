@@ -128,16 +128,16 @@ def _product_kernel(
         tl.store(out_rows + columns[None, :], out.to(dtype), mask=stored[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["has_base"])
 def _sum_kernel(
     parts_ptr,
     weights_ptr,
     ids_ptr,
     base_ptr,
     out_ptr,
+    has_base,
     SIZE: tl.constexpr,
     TOP_K: tl.constexpr,
-    HAS_BASE: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -148,9 +148,7 @@ def _sum_kernel(
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < SIZE
-    total = tl.zeros((BLOCK,), tl.float32)
-    if HAS_BASE:
-        total += tl.load(base_ptr + token * SIZE + columns, mask=inside, other=0.0).to(tl.float32)
+    total = tl.load(base_ptr + token * SIZE + columns, mask=columns < SIZE * has_base, other=0.0).to(tl.float32)
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
         size = tl.where(tl.load(ids_ptr + pair) >= 0, SIZE, 0)
@@ -234,9 +232,9 @@ class TritonExperts:
             ids,
             parts if base is None else base,
             out,
+            int(base is not None),
             SIZE=shape.hidden_size,
             TOP_K=ids.shape[1],
-            HAS_BASE=base is not None,
             BLOCK=_SUM_BLOCK,
             **early_launch(x.device),
         )

@@ -69,7 +69,7 @@ def _gate_up_kernel(
     tl.store(out_ptr + pair.to(tl.int64) * N + columns, out.to(dtype), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["has_base"])
 def _down_kernel(
     inner_ptr,
     shares_ptr,
@@ -78,11 +78,11 @@ def _down_kernel(
     bias_ptr,
     base_ptr,
     out_ptr,
+    has_base,
     K: tl.constexpr,
     N: tl.constexpr,
     TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_BASE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
@@ -112,9 +112,8 @@ def _down_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + expert * N + columns, mask=valid, other=0.0)
             biases += bias.to(tl.float32) * share
-    out = tl.sum(total, 1) + biases
-    if HAS_BASE:
-        out += tl.load(base_ptr + token.to(tl.int64) * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+    base = tl.load(base_ptr + token.to(tl.int64) * N + columns, mask=columns < N * has_base, other=0.0)
+    out = tl.sum(total, 1) + biases + base.to(tl.float32)
     tl.store(out_ptr + token.to(tl.int64) * N + columns, out.to(out_ptr.dtype.element_ty), mask=columns < N)
 
 
@@ -156,11 +155,11 @@ def run_few_tokens(
         experts.down if experts.down_bias is None else experts.down_bias,
         inner if base is None else base,
         out,
+        int(base is not None),
         K=num_inner,
         N=hidden,
         TOP_K=top_k,
         HAS_BIAS=experts.down_bias is not None,
-        HAS_BASE=base is not None,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=num_warps,
