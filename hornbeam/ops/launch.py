@@ -4,7 +4,10 @@ Programmatic dependent launch: a kernel may begin before the one ahead of it has
 
 A kernel launched so first does what needs nothing of its predecessors (addresses, weights), then waits for them with
 `tl.extra.cuda.gdc_wait()`, and tells its successor to begin with `gdc_launch_dependents()`. Since every kernel waits
-before it reads or writes what others touch, order is kept through any number of kernels. Hopper and later.
+before it reads or writes what others touch, order is kept through any number of kernels. What kernels of another kind
+wrote for the step (lengths, page tables) can be read without waiting: they were over before the first of ours began.
+Short kernels tell their successors before they wait themselves, so that several stand ready; behind long ones, which
+fill the device, those would be in the way. Hopper and later.
 """
 
 from functools import cache

@@ -67,6 +67,19 @@ def test_the_kernel_routes_as_the_reference(device, dtype, rule, extras):
     assert [len(part) for part in BACKEND.route(logits[:0], rule)] == [0, 0]
 
 
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), -float("inf"), float("inf")])
+def test_the_kernel_chooses_real_experts_whatever_logits_are(device, rule, bad):
+    pytest.importorskip("triton")
+    from hornbeam.ops.moe.triton_routing import BACKEND
+
+    logits = torch.randn(3, 24, device=device)
+    logits[0] = bad
+    logits[1, ::2] = bad
+    _, ids = BACKEND.route(logits, rule)
+    assert all(len(set(row)) == rule.top_k and min(row) >= 0 and max(row) < 24 for row in ids.tolist())
+
+
 def make_experts(num_experts: int, hidden: int, inner: int, dtype: torch.dtype, device, bias: bool) -> ExpertWeights:
     def draw(*shape: int) -> Tensor:
         return (torch.randn(num_experts, *shape, device=device) / shape[-1] ** 0.5).to(dtype)

@@ -68,7 +68,6 @@ def _attend_kernel(
     out: [T, NUM_HEADS, NUM_SPLITS, HEAD_DIM]; lse: [T, NUM_HEADS, NUM_SPLITS] float32, base 2, if NUM_SPLITS > 1.
     """
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -87,15 +86,17 @@ def _attend_kernel(
     valid = query < num_queries
     token = (first + query).to(tl.int64)
     dims = tl.arange(0, HEAD_DIM)
+    stretch = tl.cdiv(tl.cdiv(end - begin, NUM_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
+    start = begin + split * stretch
+    table = page_tables_ptr + tl.load(slots_ptr + row) * page_table_stride
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     q = tl.load(
         q_ptr + token[:, None] * q_stride + head[:, None] * q_head_stride + dims[None, :],
         mask=valid[:, None],
         other=0.0,
     )
 
-    stretch = tl.cdiv(tl.cdiv(end - begin, NUM_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
-    start = begin + split * stretch
-    table = page_tables_ptr + tl.load(slots_ptr + row) * page_table_stride
     maximum = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     if HAS_SINKS:  # noqa: SIM102 (only the outer one is known when the kernel is compiled)
@@ -140,16 +141,16 @@ def _attend_kernel(
 def _merge_kernel(parts_ptr, lse_ptr, out_ptr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, EARLY: tl.constexpr):
     """Combine the parts of one token and head, weighted by their shares of the sum of exponentials."""
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     index = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, NUM_SPLITS)
     dims = tl.arange(0, HEAD_DIM)
+    parts = tl.load(parts_ptr + (index * NUM_SPLITS + splits)[:, None] * HEAD_DIM + dims[None, :])
     lse = tl.load(lse_ptr + index * NUM_SPLITS + splits)
     highest = tl.max(lse, 0)
     shares = tl.exp2(lse - tl.where(highest == -float("inf"), 0.0, highest))
     total = tl.sum(shares, 0)  # 0 if no part saw a key: the result is zeros then
-    parts = tl.load(parts_ptr + (index * NUM_SPLITS + splits)[:, None] * HEAD_DIM + dims[None, :])
     out = tl.sum(parts * shares[:, None], 0) / tl.where(total == 0, 1.0, total)
     tl.store(out_ptr + index * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty))
 
@@ -223,7 +224,10 @@ class TritonAttention:
         group = shape.num_heads // shape.num_kv_heads
         block = max(_DECODE_BLOCK, triton.next_power_of_2(tile_len * group))
         early = early_launch(shape.device)
-        num_stages = 3 if shape.dtype.itemsize == 2 else 1  # keys and values of each stage wait in shared memory
+        is_single = len(rows.query_lens) == 1 and block == _DECODE_BLOCK
+        num_stages = 1  # keys and values of each stage wait in shared memory
+        if shape.dtype.itemsize == 2:
+            num_stages = 2 if is_single else 3  # little code, since one row is over before much could be fetched
 
         def attend(
             q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
@@ -262,6 +266,7 @@ class TritonAttention:
                 BLOCK=block,
                 BLOCK_KEYS=_BLOCK_KEYS,
                 num_stages=num_stages,
+                num_warps=8 if is_single else 4,
                 **early,
             )
             own = merge_parts(out, lse, q.dtype) if num_splits > 1 else out
@@ -281,7 +286,13 @@ def merge_parts(parts: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
     num_tokens, num_heads, num_splits, head_dim = parts.shape
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=dtype, device=parts.device)
     _merge_kernel[(num_tokens * num_heads,)](
-        parts, lse, out, HEAD_DIM=head_dim, NUM_SPLITS=num_splits, **early_launch(parts.device)
+        parts,
+        lse,
+        out,
+        HEAD_DIM=head_dim,
+        NUM_SPLITS=num_splits,
+        num_warps=max(1, num_splits * head_dim // 4096),  # as few as have the registers: then parts are no one else's
+        **early_launch(parts.device),
     )
     return out
 

@@ -316,7 +316,8 @@ def _single_row_tile(num_in: int, num_out: int) -> tuple[int, int, int]:
     if num_in > 8192 or num_out <= 256:
         return 1, _stretch(num_in, 2048), 8
     if num_in >= 4096:
-        return 4, _stretch(num_in, 2048), 8
+        whole = _stretch(num_in, 4096) == num_in
+        return (2, num_in, 8) if whole and num_out <= num_in else (4, _stretch(num_in, 2048), 8)
     if num_out > 16 * num_in:  # a head
         return 4, _stretch(num_in, 512), 2
     return 2, _stretch(num_in, 1024), 4
@@ -326,6 +327,8 @@ def _normed_tile(num_in: int, gated: bool) -> tuple[int, int, int]:
     """Here x takes work, too, so that fewer, longer stretches of it pay."""
     if num_in >= 4096:
         return 2 if gated else 4, _stretch(num_in, 4096), 8
+    if num_in == 2048 and not gated:
+        return 2, 2048, 8
     return 4, _stretch(num_in, 1024), 4
 
 

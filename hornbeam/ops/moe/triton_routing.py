@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.launch import early_launch
 from hornbeam.ops.moe.contract import RoutingRule
 from hornbeam.ops.query import OpQuery
 
@@ -60,8 +61,13 @@ def _route_kernel(
     EXPERT_BLOCK: tl.constexpr,
     SLOT_BLOCK: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One token."""
+    OUT: tl.constexpr = -(2**31)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     experts = tl.arange(0, EXPERT_BLOCK)
     inside = experts < EXPERTS
@@ -77,15 +83,18 @@ def _route_kernel(
     choice = tl.where(inside, choice, float("-inf"))
     if GROUPS > 1:
         choice = _of_best_groups(choice, experts, EXPERTS // GROUPS, GROUPS, KEPT, TWO_BEST, GROUP_BLOCK)
+    # As integers of the same order, of which the hardware finds the highest among lanes in one instruction. Those that
+    # are out are lower than any number, so that ids are right for logits that are none, too.
+    keys = choice.to(tl.int32, bitcast=True)
+    keys = tl.where(inside, tl.where(keys < 0, keys ^ 0x7FFFFFFF, keys), OUT)
     slots = tl.arange(0, SLOT_BLOCK)
     ids = tl.zeros((SLOT_BLOCK,), tl.int32)
-    weights = tl.zeros((SLOT_BLOCK,), tl.float32)
-    for slot in tl.static_range(TOP_K):
-        best = tl.argmax(choice, 0)
-        weight = tl.sum(tl.where(experts == best, scores, 0.0), 0)
-        ids = tl.where(slots == slot, best.to(tl.int32), ids)
-        weights = tl.where(slots == slot, weight, weights)
-        choice = tl.where(experts == best, float("-inf"), choice)
+    for slot in range(TOP_K):  # unrolled it would be a kernel that is longer to fetch than to run
+        best = tl.min(tl.where(keys == tl.max(keys, 0), experts, EXPERT_BLOCK), 0)
+        ids = tl.where(slots == slot, best, ids)
+        keys = tl.where(experts == best, OUT, keys)
+    weights = tl.gather(scores, ids, 0)
+    weights = tl.where(slots < TOP_K, weights, 0.0)
     if RENORMALIZE:
         weights = weights / (tl.sum(weights, 0) + 1e-20)
     taken = slots < TOP_K
@@ -142,7 +151,8 @@ class TritonRouting:
             EXPERT_BLOCK=block,
             SLOT_BLOCK=triton.next_power_of_2(rule.top_k),
             GROUP_BLOCK=triton.next_power_of_2(rule.num_groups),
-            num_warps=1 if block <= 128 else 2,
+            num_warps=1,
+            **early_launch(logits.device),
         )
         return weights, ids
 

@@ -15,12 +15,15 @@ from hornbeam.ops.moe.triton_unit import gated
 
 
 @triton.jit
-def _load_weights(pointers, valid, features, K: tl.constexpr, EVEN: tl.constexpr):
-    """A tile of weights. Masks cost bandwidth, so there is but one bit per output where tiles divide the matrix."""
+def _load_weights(pointers, valid, features, K: tl.constexpr, EVEN: tl.constexpr, ONCE: tl.constexpr):
+    """A tile of weights. Masks cost bandwidth, so there is but one bit per output where tiles divide the matrix.
+
+    ONCE: nobody else reads it, so it need not displace what is in the device's cache.
+    """
     mask = valid[:, None]
     if not EVEN:
         mask = mask & (features < K)[None, :]
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first" if ONCE else "").to(tl.float32)
 
 
 @triton.jit
@@ -37,6 +40,7 @@ def _gate_up_kernel(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     OFFSET: tl.constexpr,
+    ONCE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
@@ -57,8 +61,8 @@ def _gate_up_kernel(
     for begin in tl.static_range(0, K, BLOCK_K):
         inputs = begin + features
         x = tl.load(x_ptr + (pair // TOP_K) * K + inputs, mask=inputs < K, other=0.0).to(tl.float32)[None, :]
-        gate_total += _load_weights(weights + begin, valid, inputs, K, EVEN) * x
-        up_total += _load_weights(weights + N * K + begin, valid, inputs, K, EVEN) * x
+        gate_total += _load_weights(weights + begin, valid, inputs, K, EVEN, ONCE) * x
+        up_total += _load_weights(weights + N * K + begin, valid, inputs, K, EVEN, ONCE) * x
     gate, up = tl.sum(gate_total, 1), tl.sum(up_total, 1)
     if HAS_BIAS:
         biases = bias_ptr + expert * (2 * N) + columns
@@ -83,6 +87,7 @@ def _down_kernel(
     N: tl.constexpr,
     TOP_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ONCE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
@@ -107,7 +112,7 @@ def _down_kernel(
         for begin in tl.static_range(0, K, BLOCK_K):
             inputs = begin + features
             inner = tl.load(inner_ptr + pair * K + inputs, mask=inputs < num_inputs, other=0.0).to(tl.float32)
-            tile = _load_weights(weights + begin, valid, inputs, K, EVEN)
+            tile = _load_weights(weights + begin, valid, inputs, K, EVEN, ONCE)
             total += tile * (inner * share)[None, :]
         if HAS_BIAS:
             bias = tl.load(bias_ptr + expert * N + columns, mask=valid, other=0.0)
@@ -141,6 +146,7 @@ def run_few_tokens(
         ALPHA=unit.alpha,
         LIMIT=unit.limit,
         OFFSET=unit.offset,
+        ONCE=num_tokens == 1,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=num_warps,
@@ -160,6 +166,7 @@ def run_few_tokens(
         N=hidden,
         TOP_K=top_k,
         HAS_BIAS=experts.down_bias is not None,
+        ONCE=num_tokens == 1,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=num_warps,

@@ -29,8 +29,8 @@ def _rms_norm_kernel(
     inside = columns < SIZE
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + row * SIZE + columns, mask=inside, other=0.0)
