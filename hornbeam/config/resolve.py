@@ -88,8 +88,8 @@ def resolve_engine(
         ),
         cache=CacheOptions(
             page_size=_positive(resolver, "page_size", platform.page_size, why),
-            max_total_tokens=pick("max_total_tokens"),
-            memory_fraction=pick("mem_fraction_static", platform.memory_fraction, why),
+            max_total_tokens=_max_total_tokens(resolver),
+            memory_fraction=_memory_fraction(resolver, platform),
             radix=not pick("disable_radix_cache"),
             eviction_policy=pick("radix_eviction_policy"),
             window_ratio=_window_ratio(resolver),
@@ -153,6 +153,20 @@ def _positive(resolver: _Resolver, name: str, derived: int, why: str) -> int:
     value: int = resolver.pick(name, derived, why)
     if value < 1:
         raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    return value
+
+
+def _max_total_tokens(resolver: _Resolver) -> int | None:
+    value: int | None = resolver.pick("max_total_tokens")
+    if value is not None and value < 1:
+        raise ConfigError(f"--max-total-tokens must be at least 1, not {value}")
+    return value
+
+
+def _memory_fraction(resolver: _Resolver, platform: PlatformFacts) -> float:
+    value: float = resolver.pick("mem_fraction_static", platform.memory_fraction, f"suits {platform.device}")
+    if not 0 < value <= 1:
+        raise ConfigError(f"--mem-fraction-static must be above 0 and at most 1, not {value}")
     return value
 
 

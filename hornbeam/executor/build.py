@@ -77,6 +77,33 @@ def build_executor(
         ).result()
     logger.info("weights are on %s after %.1f s", platform.facts().device, time.perf_counter() - started)
 
+    # One page is enough to run the largest step on; its activations then stay in the allocator, so free means free.
+    # Where there are no graphs, nothing is compiled, and memory is not the allocator's.
+    num_slots, page_size = options.scheduler.max_running_requests, options.cache.page_size
+    advice = "lower --chunked-prefill-size or --max-running-requests"
+    with _told(platform, "the largest step", advice), platform.tagged("steps"):
+        executor, runner, state = _make_executor(model, config, specs, kernels, options, platform)
+        executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device))
+        _warm_up(executor, num_slots, _largest_chunk(options) if platform.facts().graphs else 1)
+    num_pages = _num_pages(specs, options, platform)
+    flag = "--mem-fraction-static" if options.cache.max_total_tokens is None else "--max-total-tokens"
+    with _told(platform, "the key-value cache", f"lower {flag}"), platform.tagged("kv"):
+        executor.use_pool(CachePool(specs, num_pages, page_size, platform.device))
+    advice = f"lower {flag} or --cuda-graph-max-bs, or set --disable-cuda-graph"
+    with _told(platform, "the graphs", advice), platform.tagged("graphs"):
+        _capture(executor, runner, platform, state, kernels, options.executor)
+    return BuiltExecutor(executor=executor, specs=specs, num_pages=num_pages, quantization=quantization.name)
+
+
+def _make_executor(
+    model: Any,
+    config: ModelConfig,
+    specs: tuple[CacheSpec, ...],
+    kernels: Kernels,
+    options: EngineOptions,
+    platform: Platform,
+) -> tuple[Executor, Runner, SlotState]:
+    """Without a cache yet."""
     num_slots, page_size = options.scheduler.max_running_requests, options.cache.page_size
     max_pages = -(-options.model.context_len // page_size)
     sampler = Sampler(num_slots, config.vocab_size, kernels.sample, platform.device)
@@ -86,20 +113,7 @@ def build_executor(
     shares = kernels.decode_attention.least_shared if options.executor.cascade else None
     least_shared = [shares if spec.window is None and config.attention_soft_cap is None else None for spec in specs]
     runner = Runner(model, config.num_layers, state, attention, least_shared)
-    executor = Executor(runner=runner, platform=platform, state=state, sampler=sampler)
-
-    # One page is enough to run the largest step on; its activations then stay in the allocator, so free means free.
-    # Where there are no graphs, nothing is compiled, and memory is not the allocator's.
-    with _told(platform, "the largest step", "lower --chunked-prefill-size or --max-running-requests"):
-        executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device))
-        _warm_up(executor, num_slots, _largest_chunk(options) if platform.facts().graphs else 1)
-    num_pages = _num_pages(specs, options, platform)
-    with _told(platform, "the key-value cache", "lower --mem-fraction-static"), platform.tagged("kv"):
-        executor.use_pool(CachePool(specs, num_pages, page_size, platform.device))
-    advice = "lower --mem-fraction-static or --cuda-graph-max-bs, or set --disable-cuda-graph"
-    with _told(platform, "the graphs", advice), platform.tagged("graphs"):
-        _capture(executor, runner, platform, state, kernels, options.executor)
-    return BuiltExecutor(executor=executor, specs=specs, num_pages=num_pages, quantization=quantization.name)
+    return Executor(runner=runner, platform=platform, state=state, sampler=sampler), runner, state
 
 
 def _as_wanted(config: ModelConfig, options: ModelOptions) -> ModelConfig:
@@ -144,7 +158,9 @@ def _told(platform: Platform, what: str, advice: str) -> Iterator[None]:
     """Out of memory is the user's to solve: with the numbers, and the flags that help."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and _NO_MEMORY not in str(error):
+            raise
         free, total = platform.free_memory()
         raise ConfigError(
             f"{platform.facts().device} has no memory left for {what}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB "
@@ -224,7 +240,7 @@ def _load(
         raise
     except Exception as error:  # its spec could be imported, but its model is broken
         if _NO_MEMORY in str(error):
-            raise torch.OutOfMemoryError(str(error)) from error
+            raise
         raise FamilyUnavailable(family.name, error) from error
     if stored is not None:
         keep_listed_plain(model, family.weight_map(config), stored, context.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hornbeam.core.platform import PlatformFacts
 
 T = TypeVar("T", covariant=True)
-MemoryTag = Literal["weights", "kv", "graphs"]
+MemoryTag = Literal["weights", "steps", "kv", "graphs"]  # steps: buffers and activations of the largest one
 
 
 class Pending(Protocol[T]):

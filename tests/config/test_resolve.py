@@ -131,6 +131,8 @@ def test_which_steps_have_graphs() -> None:
     [
         ({"context_length": 5000}, "exceeds the model's 4096"),
         ({"page_size": 0}, "--page-size must be at least 1"),
+        ({"max_total_tokens": 0}, "--max-total-tokens must be at least 1"),
+        ({"mem_fraction_static": 1.5}, "--mem-fraction-static must be above 0 and at most 1"),
         ({"max_running_requests": 0}, "--max-running-requests must be at least 1"),
         ({"nonsense": 1}, "unknown option 'nonsense'"),
         ({"port": "80"}, "port takes int"),

@@ -19,3 +19,11 @@ def test_no_memory_left(tiny_checkpoint, monkeypatch, broken, what):
     flags = {"model_path": str(tiny_checkpoint), "skip_tokenizer_init": True, "device": "cpu"}
     with pytest.raises(ConfigError, match=rf"no memory left for {what}: .* GiB are free; .*CUDA out of memory"):
         Engine(**flags)
+
+
+def test_more_tokens_than_the_machine_can_hold(tiny_checkpoint):
+    from hornbeam import Engine
+
+    flags = {"model_path": str(tiny_checkpoint), "skip_tokenizer_init": True, "device": "cpu"}
+    with pytest.raises(ConfigError, match=r"no memory left for the key-value cache: .*; lower --max-total-tokens"):
+        Engine(**flags, max_total_tokens=10**14)
