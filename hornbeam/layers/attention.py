@@ -9,7 +9,7 @@ from hornbeam.layers.forward import Forward
 from hornbeam.layers.head_norm import QueryKeyNorm
 from hornbeam.layers.linear import Linear
 from hornbeam.layers.parameters import empty_parameter
-from hornbeam.ops.attention.contract import LatentAttend
+from hornbeam.ops.attention.contract import LatentAttend, StoringAttend
 from hornbeam.ops.qkv.contract import HeadNorms, Rotation
 
 
@@ -70,7 +70,11 @@ class Attention(nn.Module):
         """The same with the heads apart: q [T, Hq, D], k and v [T, Hk, D] -> [T, Hq, D]."""
         cache = fwd.caches[self._layer]
         k_pages, v_pages = cache.tensors
-        self._qkv.store(q, k, v, norms, rotation, k_pages, v_pages, fwd.groups[cache.group].rows)
+        step = fwd.groups[cache.group]
+        whole = rotation is None or rotation.table.shape[1] == q.shape[2]
+        if whole and isinstance(step.decode, StoringAttend) and step.prefill is None:
+            return step.decode.run(q, k, v, norms, rotation, step.rows, k_pages, v_pages, sinks)
+        self._qkv.store(q, k, v, norms, rotation, k_pages, v_pages, step.rows)
         return attend_step(fwd, cache.group, q, (k, v), (k_pages, v_pages), sinks)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from hornbeam.core.family import LatentSizes
 from hornbeam.core.plan import SharedPrefix
 from hornbeam.core.registry import Registry
+from hornbeam.ops.qkv.contract import HeadNorms, Rotation
 from hornbeam.ops.query import OpQuery
 
 
@@ -63,6 +64,26 @@ class Attend(Protocol):
         sinks: [Hq], of a model that has them (`OpQuery.sinks`): a score of each head that takes its part of the
         softmax, and adds nothing to the sum. fresh: needed if `Rows.fresh` was set.
         """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoringAttend:
+    """An `Attend` that can also do what stands ahead of it, for steps that have nothing but its queries.
+
+    run(q, k, v, norms, rotation, cells, k_pages, v_pages, sinks) is `Qkv.store` with these arguments (but that q and k
+    stay as they are), and then the attention. rotation: of all features of a head, or None.
+    """
+
+    attend: Attend
+    run: Callable[
+        [Tensor, Tensor, Tensor, HeadNorms | None, Rotation | None, Tensor, Tensor, Tensor, Tensor | None], Tensor
+    ]
+
+    def __call__(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+    ) -> Tensor:
+        """See `Attend`."""
+        return self.attend(q, k_pages, v_pages, sinks, fresh)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.attention.cascade import Cascade
-from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows
+from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows, StoringAttend
+from hornbeam.ops.attention.triton_row import plan_row
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import early_launch
 from hornbeam.ops.query import OpQuery
@@ -191,6 +192,8 @@ class TritonAttention:
             attend = self._attend(rows, listed, num_queries, max(2, num_splits), self._cascade)
         else:
             attend = self._attend(rows, listed, num_queries, num_splits)
+            if num_rows == num_queries == 1 and self._shape.head_dim >= 2 * _DECODE_BLOCK:
+                attend = StoringAttend(attend=attend, run=plan_row(self._shape, rows, merge_parts))
         if rows.captured:
             self._captured[key] = attend
         return attend

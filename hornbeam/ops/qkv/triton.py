@@ -13,7 +13,7 @@ _MAX_HEADS = 8  # of one program
 
 
 @triton.jit
-def _normalised(x, weights, inside, factor):
+def normalised(x, weights, inside, factor):
     """Features of heads, [heads, features], by their weights at `weights`; rounds where the reference does."""
     weight = tl.load(weights, mask=inside, other=0.0)
     return (weight.to(tl.float32) * (x.to(tl.float32) * factor).to(weight.dtype).to(tl.float32)).to(x.dtype)
@@ -59,9 +59,9 @@ def _prepare_heads(
         wide_first, wide_second, wide_tail = first.to(tl.float32), second.to(tl.float32), tail.to(tl.float32)
         squares = tl.sum(wide_first * wide_first + wide_second * wide_second, 1) + tl.sum(wide_tail * wide_tail, 1)
         factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-        first = _normalised(first, weight_ptr + half, half_inside, factor)
-        second = _normalised(second, weight_ptr + FIRST + half, half_inside, factor)
-        tail = _normalised(tail, weight_ptr + 2 * FIRST + rest, rest_inside, factor)
+        first = normalised(first, weight_ptr + half, half_inside, factor)
+        second = normalised(second, weight_ptr + FIRST + half, half_inside, factor)
+        tail = normalised(tail, weight_ptr + 2 * FIRST + rest, rest_inside, factor)
     if ROTATED:
         cos = tl.load(table_ptr + half, mask=half_inside, other=0.0)
         sin = tl.load(table_ptr + FIRST + half, mask=half_inside, other=0.0)
