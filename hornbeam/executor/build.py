@@ -186,6 +186,7 @@ def _query(config: ModelConfig, specs: tuple[CacheSpec, ...], options: EngineOpt
         latent=config.latent,
         fp8=config.fp8 is not None,
         hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
         mixture=config.mixture,
     )
 

@@ -92,7 +92,8 @@ class Executor:
     def _sample(self, plan: StepPlan, batch: Batch, tokens: StepTokens, logits: Tensor) -> Sampled:
         """Choose ids, remember them on the device, and start their way to the host."""
         if plan.chunks:
-            slots, positions = tokens.slots[batch.sample_rows], tokens.positions[batch.sample_rows] + 1
+            rows = batch.sample_rows  # positions are of one dtype in all steps: kernels are compiled for it
+            slots, positions = tokens.slots[rows], (tokens.positions[rows] + 1).int()
         else:
             num_rows = len(plan.decode)
             logits, slots, positions = logits[:num_rows], tokens.decode_slots[:num_rows], tokens.decode_lens[:num_rows]

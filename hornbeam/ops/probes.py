@@ -188,11 +188,12 @@ class Probes:
         self._wait()
 
     def sample(self, backend: Sample) -> None:
-        """One row."""
-        logits, ones, zeros = self._zeros(1, 64), torch.ones(1, device=self._device), self._integers(1)
-        backend.penalize(logits, zeros, self._integers(1, 64, dtype=torch.int32), ones, ones, ones)
+        """One row, with everything that requests may ask for."""
+        size, ones, zeros = self._query.vocab_size, torch.ones(1, device=self._device), self._integers(1)
+        logits = self._zeros(1, size)
+        backend.penalize(logits, zeros, self._integers(1, size, dtype=torch.int32), ones, ones, ones)
         thresholds = backend.thresholds(logits, ones, zeros + 1, ones / 2, ones / 2)
-        backend.sample(logits, zeros, zeros, ones, zeros, self._integers(1), thresholds)
+        backend.sample(logits, zeros, zeros.int(), ones, zeros, self._integers(1), thresholds)
         self._wait()
 
     def _blocks(self, *shape: int) -> tuple[Tensor, Tensor]:

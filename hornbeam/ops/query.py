@@ -21,4 +21,5 @@ class OpQuery:
     latent: LatentSizes | None = None  # latent attention; None: keys and values are cached
     hidden_size: int = 0  # of what experts take
     fp8: bool = False  # weights of products are eight-bit floats, see `ops.linear.contract.Fp8Weight`
+    vocab_size: int = 64  # of what ids are chosen from
     mixture: MixtureShape | None = None  # experts of this rank; None: the model is dense

@@ -84,7 +84,8 @@ def test_nothing_is_compiled_in_service(wide_checkpoint, monkeypatch):
                 prompts = [[i + 1, *[7] * (length - 1 + i % 2)] for i in range(num_prompts)]
                 engine.generate(input_ids=prompts, sampling_params={**PARAMS, "max_new_tokens": 4})
         for prompts in (SHARED, SHARED[:5], [*SHARED[:3], *PROMPTS]):
-            engine.generate(input_ids=prompts, sampling_params=PARAMS)
+            for params in (PARAMS, {**PARAMS, "temperature": 0.8, "top_p": 0.9, "top_k": 20}):
+                engine.generate(input_ids=prompts, sampling_params=params)
     assert not compiled
 
 

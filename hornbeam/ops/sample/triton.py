@@ -74,7 +74,8 @@ def _logits(row_ptr, tokens, threshold_ptr, VOCAB_SIZE: tl.constexpr, FILTERED: 
     return logits
 
 
-# Slots come out of an upload at any offset: specialised on alignment, kernels would be compiled twice.
+# Slots come out of an upload at any offset, and what requests ask for is rows of one table: specialised on alignment,
+# kernels would be compiled several times.
 @triton.jit(
     do_not_specialize=["num_rows", "rows_per_program", "num_blocks"],
     do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"],
@@ -235,7 +236,7 @@ def _mass(row_ptr, low, top, temperature, VOCAB_SIZE: tl.constexpr, BLOCK: tl.co
     return tl.sum(sums, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperatures_ptr", "top_ks_ptr", "top_ps_ptr", "min_ps_ptr"])
 def _threshold_kernel(
     logits_ptr,
     temperatures_ptr,
@@ -272,7 +273,7 @@ def _threshold_kernel(
     tl.store(out_ptr + row, threshold)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "repetition_ptr", "frequency_ptr", "presence_ptr"])
 def _penalty_kernel(
     logits_ptr,
     slots_ptr,
