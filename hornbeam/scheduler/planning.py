@@ -4,7 +4,7 @@ When pages are short, a request is retracted: it gives its memory back and waits
 Knows no clients: who ends is told to `finish`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from hornbeam.config.components import SchedulerOptions
 from hornbeam.core.plan import PageGrant
@@ -34,15 +34,10 @@ class OutputEstimate:
         """A request has ended by itself."""
         self._mean += LEARNING_RATE * (num_generated - self._mean)
 
-    def num_to_come(self, states: Iterable[RequestState]) -> int:
-        """Tokens that these running requests will still generate, by experience. Linear in them."""
-        expected = self._mean * self._scale
-        total = 0.0
-        for state in states:
-            num_left = expected - (state.kv_len - state.num_prompt if state.kv_len > state.num_prompt else 0)
-            if num_left > 0:
-                total += min(num_left, state.max_tokens - state.num_prompt)
-        return int(total)
+    def to_come(self, state: RequestState) -> float:
+        """Tokens that a running request will still generate, by experience."""
+        num_generated = max(0, state.kv_len - state.num_prompt)
+        return min(max(0.0, self._mean * self._scale - num_generated), state.max_tokens - state.num_prompt)
 
 
 class Pace:
@@ -111,6 +106,7 @@ class Planner:
         self._precedence = precedence
         self._finish = finish
         self.pace = Pace(memory.chunk_size)
+        self._reserve: float | None = None  # tokens that who runs will generate; None: not summed up in this step yet
         self.num_retractions = self.num_preemptions = 0
 
     def plan(self, step_id: int, *, in_flight: bool) -> Step:
@@ -158,6 +154,7 @@ class Planner:
                 return
             budget -= num_tokens
         limit = self._options.max_prefill_tokens
+        self._reserve = None
         while budget > 0 and most - budget < limit and (head := self._queue.head()) is not None:
             ready = head not in self._running.leaving and self._memory.num_free_slots
             num_tokens = self._admit(head, budget, step) if ready else 0
@@ -192,6 +189,8 @@ class Planner:
         state.status = Status.RUNNING
         state.since = None
         step.starts.append(state.slot_start(num_cached))
+        if self._reserve is not None:
+            self._reserve += self._estimate.to_come(state)
         return num_tokens
 
     def _has_room(self, state: RequestState) -> bool:
@@ -201,8 +200,10 @@ class Planner:
         """
         if not len(self._running):
             return True
+        if self._reserve is None:
+            self._reserve = sum(map(self._estimate.to_come, self._running))
         num_left = [other.prefill_end - other.kv_len for other in (*self._running.prefilling, state)]
-        return self._memory.has_room(num_left, self._estimate.num_to_come((*self._running, state)))
+        return self._memory.has_room(num_left, int(self._reserve + self._estimate.to_come(state)))
 
     def _preempt(self, head: RequestState) -> None:
         """The head of the queue has to wait: retract a running request of a priority that is low enough."""

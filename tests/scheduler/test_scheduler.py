@@ -7,6 +7,7 @@ from hornbeam.config.components import CacheOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import BadRequest, ConfigError, Overloaded
 from hornbeam.core.request import Finish, Request
+from hornbeam.scheduler.planning import OutputEstimate
 from hornbeam.scheduler.scheduler import Scheduler
 
 pytestmark = pytest.mark.pure
@@ -270,3 +271,15 @@ def test_unseeded_requests_draw_from_the_engines_seed() -> None:
         seeds.append([start.seed for plan in simulation.plans for start in plan.starts])
     assert seeds[0] == seeds[1]
     assert len(set(seeds[0])) == 3
+
+
+def test_admission_looks_at_who_runs_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many start together: hundreds of short prompts are no reason for a pause."""
+    looks = []
+    known = OutputEstimate.to_come
+    monkeypatch.setattr(OutputEstimate, "to_come", lambda self, state: looks.append(state) or known(self, state))
+    simulation = Simulation(num_pages=2000, chunk=4000, slots=100)
+    simulation.submit(*(make(str(i), tokens_of(i, 9), 4) for i in range(100)))
+    simulation.run()
+    assert len(simulation.plans[0].chunks) == 100
+    assert len(looks) <= 300
