@@ -1,4 +1,4 @@
-"""Attention of one layer: project, normalise and rotate, write keys and values to the cache, attend, project."""
+"""Attention of one layer: normalise and rotate, write keys and values to the cache, attend."""
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def wanted_rows(x: Tensor, layer: int, fwd: Forward) -> Tensor:
 
 
 class DecoderAttention(nn.Module):
-    """Projections around the attention of one layer."""
+    """The attention of one layer and the projections around it, which the block calls: `qkv` ahead, `output` behind."""
 
     def __init__(self, config: DecoderConfig, layer: int, context: BuildContext) -> None:
         super().__init__()
@@ -128,9 +128,9 @@ class DecoderAttention(nn.Module):
         self.output = Linear(heads * head_dim, (config.hidden_size,), context, bias=config.output_bias, split="in")
 
     def forward(self, qkv: Tensor, rotary: Rotary | None, positions: Tensor, fwd: Forward) -> Tensor:
-        """What `qkv` projected [T, (Hq + 2 Hk) D] -> `wanted_rows` of [T, H]; rotary: None for no positions."""
+        """What `qkv` projected [T, (Hq + 2 Hk) D] -> `wanted_rows` of [T, Hq D]; rotary: None for no positions."""
         norm = self.norm
         if norm is not None and not norm.per_head:
             qkv, norm = norm(qkv), None
         out = self.attend(qkv, norm, rotary, positions, fwd, self.sinks)
-        return self.output(wanted_rows(out, self.layer, fwd), fwd)
+        return wanted_rows(out, self.layer, fwd)

@@ -18,7 +18,7 @@ from hornbeam.ops.rope.scaling import RopeSettings
 
 
 class DecoderBlock(nn.Module):
-    """One layer, pre-norm. `residual` is the running sum; each half adds its input to it, then returns its output."""
+    """One layer, pre-norm: attention, and what stands behind it. Each half's input and its output add up."""
 
     def __init__(
         self,
@@ -41,13 +41,13 @@ class DecoderBlock(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, rotary: Rotary | None, positions: Tensor, fwd: Forward
     ) -> tuple[Tensor, Tensor | None]:
-        """x [T, H], residual [T, H] or None in the first layer -> the block's output and the sum up to it."""
+        """x and residual [T, H], whose sum is the input -> the same of the output; residual None: x is the sum."""
         qkv, residual = normed_linear(self.attention_norm, self.attention.qkv, x, residual, fwd)
-        x = self.attention(qkv, rotary, positions, fwd)
-        residual = wanted_rows(residual, self.attention.layer, fwd)
+        heads = self.attention(qkv, rotary, positions, fwd)
+        x, residual = self.attention.output.added(heads, wanted_rows(residual, self.attention.layer, fwd), fwd)
         if isinstance(self.mlp, GatedMLP):
             return normed_gated(self.mlp_norm, self.mlp.gate_up, self.mlp.down, x, residual, fwd)
-        return self.mlp(self.mlp_norm(x, residual), fwd), residual
+        return self.mlp(self.mlp_norm(x, residual), fwd), x if residual is None else residual
 
 
 class Decoder(nn.Module):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.forward import Forward
 from hornbeam.layers.parameters import empty_parameter, freed, plain_weight, weight_parameters
-from hornbeam.ops.linear.contract import Fp8Weight, InputNorm, PackedWeight
+from hornbeam.ops.linear.contract import Fp8Weight, InputNorm
+from hornbeam.ops.linear.encoding import Blocked, Encoding, Packed, Plain
 
 
 class Linear(nn.Module):
@@ -45,61 +46,59 @@ class Linear(nn.Module):
         self.weight, self.scales = weight_parameters((), parts, in_features, context, quantized=quantized)
         self.bias = empty_parameter((sum(parts),), context) if bias else None
         self.product = context.kernels.linear
-        self._activation = context.kernels.activation
-        self._fp8 = context.kernels.fp8_linear if self.scales is not None else None
-        self._power_of_two = context.fp8 is not None and context.fp8.power_of_two
-        self._packing = context.packing
-        self._packed: PackedWeight | None = None
+        self._context = context
+        self._encoding = self._loaded_encoding()
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, in_features] -> [T, sum(parts)]. `fwd` tells which adapters apply."""
-        if self._fp8 is not None:
-            return self._fp8.linear(x, self._fp8_weight(), self.bias)
-        if self._packed is not None:
-            return self._packed.linear(x, self.bias)
-        return self.product.linear(x, self.weight, self.bias)
+        return self._encoding.linear(x)
 
     def gated(self, x: Tensor, fwd: Forward) -> Tensor:
         """The same of silu(first half) * second half of x [T, 2 in_features]."""
-        if self._fp8 is not None:
-            return self._fp8.gated(x, self._fp8_weight(), self.bias)
-        return self(self._activation.silu_mul(x), fwd)
+        return self._encoding.gated(x)
+
+    def added(
+        self, x: Tensor, residual: Tensor, fwd: Forward, *, gated: bool = False, factor: float = 1
+    ) -> tuple[Tensor, Tensor | None]:
+        """factor * `forward` of x, or of `gated`, and the residual [T, N] to add to it; see `LinearProduct.added`."""
+        if isinstance(self._encoding, Plain) and factor == 1 and fwd.adapters is None:
+            return self._encoding.added(x, residual, gated=gated)
+        out = self.gated(x, fwd) if gated else self(x, fwd)
+        return out if factor == 1 else out * factor, residual
 
     def fuses(self, num_rows: int, *, gated: bool) -> bool:
-        """Whether `normed` is worth it for so many rows."""
-        if self._fp8 is not None:
-            return not gated and 1 <= num_rows <= self._fp8.fused_rows
-        if self._packed is not None:
-            return self._packed.fuses(gated=gated)
-        return 1 <= num_rows <= self.product.fused_rows
+        """See `Encoding`."""
+        return self._encoding.fuses(num_rows, gated=gated)
 
     def normed(self, x: Tensor, residual: Tensor | None, norm: InputNorm, *, gated: bool) -> tuple[Tensor, Tensor]:
         """See `LinearProduct.normed`."""
-        if self._fp8 is not None:
-            assert not gated, "down takes gate and up"
-            return self._fp8.normed(x, residual, norm, self._fp8_weight(), self.bias)
-        if self._packed is not None:
-            return self._packed.normed(x, residual, norm, self.bias, gated=gated)
-        return self.product.normed(x, residual, norm, self.weight, self.bias, gated=gated)
+        return self._encoding.normed(x, residual, norm, gated=gated)
 
     @property
     def plain_weight(self) -> Tensor | None:
         """The weight [N, K], if there is nothing to the product but it."""
-        return self.weight if self.scales is None and self._packed is None and self.bias is None else None
+        return self.weight if isinstance(self._encoding, Plain) and self.bias is None else None
 
     def refresh_derived(self) -> None:
         """Encode the weight as the machine computes with it, and free it. Does nothing if it is freed already."""
-        if self._packing is not None and not self.weight.is_meta:
-            self._packed = self._packing.pack(self.weight)
+        if self._context.packing is not None and not self.weight.is_meta:
+            self._encoding = _packed(self.weight, self.bias, self._context)
             self.weight = freed(self.weight)
 
     def keep_plain(self, dtype: torch.dtype) -> None:
         """Put an empty weight of `dtype` in the place of one in blocks."""
-        self.weight, self.scales, self._fp8 = plain_weight(self.weight, dtype), None, None
+        self.weight, self.scales = plain_weight(self.weight, dtype), None
+        self._encoding = self._loaded_encoding()
 
-    def _fp8_weight(self) -> Fp8Weight:
-        assert self.scales is not None
-        return Fp8Weight(values=self.weight, scales=self.scales, power_of_two=self._power_of_two)
+    def _loaded_encoding(self) -> Encoding:
+        """Of the parameters themselves, which may still be empty."""
+        kernels, fp8 = self._context.kernels, self._context.fp8
+        if self.scales is None:
+            return Plain(weight=self.weight, bias=self.bias, product=kernels.linear, activation=kernels.activation)
+        assert fp8 is not None
+        assert kernels.fp8_linear is not None
+        blocks = Fp8Weight(values=self.weight, scales=self.scales, power_of_two=fp8.power_of_two)
+        return Blocked(weight=blocks, bias=self.bias, product=kernels.fp8_linear)
 
 
 class Embedding(nn.Module):
@@ -119,29 +118,32 @@ class Head(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int, context: BuildContext, tied: Embedding | None) -> None:
         super().__init__()
-        self._tied = (tied,)  # in a tuple, so that the shared weight is not registered twice
         if tied is None:
             self.weight = empty_parameter((vocab_size, hidden_size), context)
-        self.product = context.kernels.linear
-        self._packing = context.packing
-        self._packed: PackedWeight | None = None
+        self._is_tied = tied is not None
+        weight = self.weight if tied is None else tied.weight
+        self.product, activation = context.kernels.linear, context.kernels.activation
+        self._encoding: Encoding = Plain(weight=weight, bias=None, product=self.product, activation=activation)
+        self._context = context
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[R, H] -> [R, V]."""
-        if self._packed is not None:
-            return self._packed.linear(hidden, None)
-        (tied,) = self._tied
-        return self.product.linear(hidden, self.weight if tied is None else tied.weight, None)
+        return self._encoding.linear(hidden)
 
     @property
     def plain_weight(self) -> Tensor | None:
         """As `Linear.plain_weight`."""
-        (tied,) = self._tied
-        return None if self._packed is not None else self.weight if tied is None else tied.weight
+        return self._encoding.weight if isinstance(self._encoding, Plain) else None
 
     def refresh_derived(self) -> None:
         """As `Linear` does; a table of embeddings is kept beside its encoding."""
-        if self._packing is not None and (weight := self.plain_weight) is not None and not weight.is_meta:
-            self._packed = self._packing.pack(weight)
-            if self._tied[0] is None:
+        weight = self.plain_weight
+        if self._context.packing is not None and weight is not None and not weight.is_meta:
+            self._encoding = _packed(weight, None, self._context)
+            if not self._is_tied:
                 self.weight = freed(self.weight)
+
+
+def _packed(weight: Tensor, bias: Tensor | None, context: BuildContext) -> Encoding:
+    assert context.packing is not None
+    return Packed(weight=context.packing.pack(weight), bias=bias, activation=context.kernels.activation)

@@ -36,7 +36,7 @@ class UpProjection(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Projections and the attention between them."""
+    """The attention of one layer and the projections around it, which the block calls: `qkv` ahead, `output` behind."""
 
     def __init__(self, shape: LatentShape, layer: int, context: BuildContext) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class LatentAttention(nn.Module):
         self._rows = context.kernels.latent_rows
 
     def forward(self, qkv: Tensor, rotary: Rotary, positions: Tensor, fwd: Forward) -> Tensor:
-        """What `qkv` projected: [T, queries' latent (or queries) + C + R] -> [T, H]."""
+        """What `qkv` projected: [T, queries' latent (or queries) + C + R] -> `wanted_rows` of [T, Hq V]."""
         q, row = qkv.split_with_sizes(self.qkv.parts, -1)
         if self.query is not None and self.query_norm is not None:
             q, _ = normed_linear(self.query_norm, self.query, q.contiguous(), None, fwd)
         out = self._attend(q.unflatten(-1, (self._num_heads, -1)), row, rotary(positions), fwd)
-        return self.output(wanted_rows(out.flatten(1), self.layer, fwd), fwd)
+        return wanted_rows(out.flatten(1), self.layer, fwd)
 
     def _attend(self, q: Tensor, row: Tensor, rotation: Rotation, fwd: Forward) -> Tensor:
         """q [T, Hq, N + R], row [T, C + R] -> [T, Hq, V]."""

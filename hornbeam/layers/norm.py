@@ -48,11 +48,18 @@ def normed_linear(
 
 
 def normed_gated(
-    norm: RMSNorm, gate_up: Linear, down: Linear, x: Tensor, residual: Tensor | None, fwd: Forward
-) -> tuple[Tensor, Tensor]:
-    """A gated layer of norm(x + residual), and x + residual; see `normed_linear`."""
+    norm: RMSNorm,
+    gate_up: Linear,
+    down: Linear,
+    x: Tensor,
+    residual: Tensor | None,
+    fwd: Forward,
+    *,
+    factor: float = 1,
+) -> tuple[Tensor, Tensor | None]:
+    """factor * a gated layer of norm(x + residual), and x + residual, or what `Linear.added` makes of them."""
     if gate_up.fuses(x.shape[0], gated=True) and fwd.adapters is None:
         inner, residual = gate_up.normed(x, residual, norm.as_input(), gated=True)
-        return down(inner, fwd), residual
+        return down.added(inner, residual, fwd, factor=factor)
     inner, residual = normed_linear(norm, gate_up, x, residual, fwd)
-    return down.gated(inner, fwd), residual
+    return down.added(inner, residual, fwd, gated=True, factor=factor)

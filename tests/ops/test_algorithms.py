@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hornbeam.ops.linear import algorithms
+from hornbeam.ops.linear.cublaslt import CLUSTER_SHAPES, SWIZZLES
 
 
 @pytest.mark.cpu
@@ -43,8 +44,12 @@ def test_all_algorithms_agree(tmp_path, monkeypatch, dtype, num_rows):
     lib = products._library
     offers = lib.offers(x, weight)
     assert offers
-    for algorithm in (*offers, *lib.variants(x, weight, offers[0])):
+    variants = (v for setting in (CLUSTER_SHAPES, SWIZZLES) for v in lib.variants(x, weight, offers[0], setting))
+    for algorithm in (*offers, *variants):
         torch.testing.assert_close(lib.linear(x, weight, algorithm).float(), expected, rtol=1e-2, atol=2e-2)
+        total = torch.ones_like(expected, dtype=dtype)
+        assert lib.linear(x, weight, algorithm, total) is total
+        torch.testing.assert_close(total.float(), expected + 1, rtol=1e-2, atol=2e-2)
     products.prepare([(num_rows, weight)])
     torch.testing.assert_close(products.linear(x, weight).float(), expected, rtol=1e-2, atol=2e-2)
     again = algorithms.LibraryProducts(torch.device("cuda"))

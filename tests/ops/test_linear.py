@@ -62,3 +62,21 @@ def test_normed(device, dtype, num_in, num_out, bias, added, gated):
         torch.testing.assert_close(out, expected, rtol=4e-2, atol=4e-2)
     assert torch.equal(x, before[0])
     assert torch.equal(residual, before[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("num_rows", [1, 13, 24])
+def test_the_library_adds_the_residual(tmp_path, monkeypatch, num_rows):
+    from hornbeam.ops.linear.triton import TritonLinear
+
+    monkeypatch.setenv("HORNBEAM_CACHE_DIR", str(tmp_path))
+    x, residual = (torch.randn(num_rows, 512, device="cuda", dtype=torch.bfloat16) for _ in "xr")
+    weight = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16) / 512**0.5
+    expected = (x.float() @ weight.float().T + residual.float()).to(torch.bfloat16)
+    product = TritonLinear()
+    product.prepare([weight], [24])
+    out, left = product.added(x, weight, None, residual)
+    assert (left is None) == (num_rows == 24)
+    assert (out is residual) == (num_rows == 24)
+    torch.testing.assert_close(out if left is None else out + left, expected, rtol=2e-2, atol=2e-2)

@@ -54,7 +54,8 @@ class CohereBlock(nn.Module):
             q.copy_(self.query_norm(q))
             k.copy_(self.key_norm(k))
         x, normed = (wanted_rows(rows, self.attention.layer, fwd) for rows in (x, normed))
-        return x + self.attention(qkv, rotary, positions, fwd) + self.mlp(normed, fwd)
+        heads = self.attention(qkv, rotary, positions, fwd)
+        return x + self.attention.output(heads, fwd) + self.mlp(normed, fwd)
 
 
 class CohereModel(nn.Module):

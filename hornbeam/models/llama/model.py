@@ -27,12 +27,13 @@ class LlamaBlock(DecoderBlock):
     def forward(
         self, x: Tensor, residual: Tensor | None, rotary: Rotary | None, positions: Tensor, fwd: Forward
     ) -> tuple[Tensor, Tensor | None]:
-        """x [T, H], residual [T, H] or None in the first layer -> the block's output and the sum up to it."""
+        """See `DecoderBlock`."""
         qkv, residual = normed_linear(self.attention_norm, self.attention.qkv, x, residual, fwd)
-        x = scaled(self.attention(qkv, rotary, positions, fwd), self._multiplier)
+        heads = self.attention(qkv, rotary, positions, fwd)
         residual = wanted_rows(residual, self.attention.layer, fwd)
-        x, residual = normed_gated(self.mlp_norm, self.mlp.gate_up, self.mlp.down, x, residual, fwd)
-        return scaled(x, self._multiplier), residual
+        x, residual = self.attention.output.added(heads, residual, fwd, factor=self._multiplier)
+        mlp = self.mlp
+        return normed_gated(self.mlp_norm, mlp.gate_up, mlp.down, x, residual, fwd, factor=self._multiplier)
 
 
 class PostNormBlock(LlamaBlock):
@@ -42,8 +43,8 @@ class PostNormBlock(LlamaBlock):
         self, x: Tensor, residual: Tensor | None, rotary: Rotary | None, positions: Tensor, fwd: Forward
     ) -> tuple[Tensor, Tensor | None]:
         """x [T, H], residual None -> the sum [T, H], None."""
-        out = self.attention_norm(self.attention(self.attention.qkv(x, fwd), rotary, positions, fwd))
-        x = wanted_rows(x, self.attention.layer, fwd) + out
+        heads = self.attention(self.attention.qkv(x, fwd), rotary, positions, fwd)
+        x = wanted_rows(x, self.attention.layer, fwd) + self.attention_norm(self.attention.output(heads, fwd))
         return x + self.mlp_norm(self.mlp(x, fwd)), None
 
 

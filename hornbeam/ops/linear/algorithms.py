@@ -3,13 +3,17 @@
 The library's own choice is often 5 to 20 % slower than another, most of all between 64 and 512 rows (its thread block
 clusters wait for each other where tiles are few). So for the numbers of rows that steps will have, each algorithm is
 timed on weights of the model at start. The answers are kept on disk, by device and version of the library.
+
+With thousands of rows the device runs at its limit of power. Clocks fall, how far depends on what ran before, and
+algorithms that move less data have higher ones: there the best take turns on a device that never rests.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import msgspec
 import torch
@@ -17,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hornbeam.config.environment import read_environment
-from hornbeam.ops.linear.cublaslt import Algorithm, CublasLt
+from hornbeam.ops.linear.cublaslt import CLUSTER_SHAPES, SWIZZLES, Algorithm, CublasLt, Setting
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,9 @@ _NUM_VARIED = 3  # offers, from the fastest on, of which variants are timed
 _LEAST_GAIN = 0.03  # for another algorithm to be taken
 _MANY_ROWS = 4096  # from here on an algorithm serves nearby numbers of rows, too
 _NEARBY = 1.1
+_NUM_FINALISTS = 6  # of those for many rows
+_NUM_TURNS = 4  # of each; the first is not counted
+_TURN_MS = 5
 
 Product = tuple[str, int, int, int]  # dtype, rows, outputs, inputs
 
@@ -41,15 +48,17 @@ class LibraryProducts:
         self._choices: dict[Product, Algorithm | None] = {}
         self._many_rows = 0
         name = torch.cuda.get_device_name(device).replace(" ", "_")
-        self._path = read_environment().cache_dir / "products" / f"{name},cublaslt-{self._library.version}.json"
+        self._path = read_environment().cache_dir / "algorithms" / f"{name},cublaslt-{self._library.version}.json"
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, K], weight [N, K] -> x W^T, [T, N]."""
+    def linear(self, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [T, K], weight [N, K] -> x W^T, [T, N]; added to a residual [T, N] in place."""
         num_rows = x.shape[0]
         if num_rows >= _MANY_ROWS and num_rows / _NEARBY <= self._many_rows <= num_rows * _NEARBY:
             num_rows = self._many_rows
         algorithm = self._choices.get(_product(x, weight, num_rows))
-        return F.linear(x, weight) if algorithm is None else self._library.linear(x, weight, algorithm)
+        if algorithm is not None:
+            return self._library.linear(x, weight, algorithm, residual)
+        return F.linear(x, weight) if residual is None else residual.addmm_(x, weight.T)
 
     def prepare(self, products: Sequence[tuple[int, Tensor]]) -> None:
         """Choose for each of `products`: a number of rows, and a weight [N, K]."""
@@ -74,11 +83,27 @@ class LibraryProducts:
         filler = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=self._device)
         own = _time(partial(F.linear, x, weight), filler)
         times = dict(self._timed(x, weight, self._library.offers(x, weight), filler))
-        for offer in sorted(times, key=lambda algorithm: times[algorithm])[:_NUM_VARIED]:
-            variants = (v for v in self._library.variants(x, weight, offer) if v not in times)
-            times.update(self._timed(x, weight, list(variants), filler))
+        times.update(self._timed_variants(x, weight, times, CLUSTER_SHAPES, filler))
+        if x.shape[0] >= _MANY_ROWS:
+            swizzled = self._timed_variants(x, weight, times, SWIZZLES, filler)
+            return self._steadiest(x, weight, (*_fastest(times, _NUM_FINALISTS), *swizzled), own)
         best = min(times, key=lambda algorithm: times[algorithm], default=None)
         return best if best is not None and times[best] < (1 - _LEAST_GAIN) * own else None
+
+    def _steadiest(self, x: Tensor, weight: Tensor, algorithms: Sequence[Algorithm], own_ms: float) -> Algorithm | None:
+        """The fastest under steady load; None: the library's own choice."""
+        runs: list[Callable[[], Tensor]] = [partial(F.linear, x, weight)]
+        runs.extend(partial(self._library.linear, x, weight, algorithm) for algorithm in algorithms)
+        times = _time_in_turns(runs, max(1, round(_TURN_MS / own_ms)))
+        return min(zip((None, *algorithms), times, strict=True), key=lambda timed: timed[1])[0]
+
+    def _timed_variants(
+        self, x: Tensor, weight: Tensor, times: Mapping[Algorithm, float], setting: Setting, filler: Tensor
+    ) -> dict[Algorithm, float]:
+        """Of the fastest algorithms; those that are not in `times`."""
+        fastest = _fastest(times, _NUM_VARIED)
+        variants = {v for a in fastest for v in self._library.variants(x, weight, a, setting) if v not in times}
+        return dict(self._timed(x, weight, sorted(variants), filler))
 
     def _timed(
         self, x: Tensor, weight: Tensor, algorithms: Sequence[Algorithm], filler: Tensor
@@ -108,6 +133,25 @@ def _time(run: Callable[[], Tensor], filler: Tensor) -> float:
         events.append((start, end))
     torch.cuda.synchronize(filler.device)
     return min(float(start.elapsed_time(end)) for start, end in events)
+
+
+def _time_in_turns(runs: Sequence[Callable[[], Tensor]], num_runs: int) -> list[float]:
+    """Milliseconds of each turn of `num_runs`, the median of some; the device does not rest in between."""
+    turns: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
+    for _ in range(_NUM_TURNS):
+        for run, events in zip(runs, turns, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
+            start.record()
+            for _ in range(num_runs):
+                run()
+            end.record()
+            events.append((start, end))
+    torch.cuda.synchronize()
+    return [median(float(start.elapsed_time(end)) for start, end in events[1:]) for events in turns]
+
+
+def _fastest(times: Mapping[Algorithm, float], number: int) -> list[Algorithm]:
+    return sorted(times, key=lambda algorithm: times[algorithm])[:number]
 
 
 def _read(path: Path) -> dict[Product, Algorithm | None]:

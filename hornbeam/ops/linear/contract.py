@@ -35,6 +35,13 @@ class LinearProduct(Protocol):
     def wide(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [T, K], weight [N, K] in the same dtype or in float32 -> x W^T, [T, N] float32: no digits are lost."""
 
+    def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x W^T + b, and the residual [T, N] that is still to be added to it.
+
+        Where the product adds it on the way, and rounds once, the first is the sum, in the residual's memory, and there
+        is no second.
+        """
+
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
     ) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Algorithms are opaque: 64 bytes, which mean the same to the same version of the 
 import ctypes
 from collections.abc import Iterator
 from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,10 +20,21 @@ _COMPUTE_FLOAT32, _FLOAT32 = 68, 0
 _TRANSPOSED_A = 3  # attribute of a product
 _WORKSPACE, _REDUCTIONS = 1, 3  # attributes of a preference
 _SUMS_IN_FLOAT32 = 2  # of the ways to reduce split sums the one that does not round in between
-_CLUSTER_SHAPE = 8  # attribute of an algorithm
-_CLUSTER_SHAPES = (2, 3, 4, 5, 6, 7, 8)  # 1x1, 2x1, 4x1, 1x2, 2x2, 4x2, 1x4
 
 Algorithm = bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """An attribute of algorithms, and values that it may have."""
+
+    attribute: int
+    type: type[c_uint16] | type[c_uint32]
+    values: tuple[int, ...]
+
+
+CLUSTER_SHAPES = Setting(8, c_uint16, (2, 3, 4, 5, 6, 7, 8))  # of thread blocks: 1x1, 2x1, 4x1, 1x2, 2x2, 4x2, 1x4
+SWIZZLES = Setting(4, c_uint32, (1, 2, 3))  # orders in which tiles are computed
 
 
 class _Offer(ctypes.Structure):
@@ -94,30 +106,32 @@ class CublasLt:
         self._call("MatmulAlgoGetHeuristic", self._handle, *arguments)
         return [bytes(offer.algorithm) for offer in offers[: num_offers.value] if offer.status == 0]
 
-    def variants(self, x: Tensor, weight: Tensor, algorithm: Algorithm) -> Iterator[Algorithm]:
-        """The algorithm with other shapes of thread block clusters, where the library allows them."""
+    def variants(self, x: Tensor, weight: Tensor, algorithm: Algorithm, setting: Setting) -> Iterator[Algorithm]:
+        """The algorithm with other values of a setting, where the library allows them."""
         of_weight, of_x, of_out = self._layouts(x, weight)
-        for shape in _CLUSTER_SHAPES:
+        for number in setting.values:
             variant, checked = (c_uint64 * 8).from_buffer_copy(algorithm), _Offer()
-            value = c_uint16(shape)
+            attribute, value = c_int(setting.attribute), setting.type(number)
             size = c_size_t(ctypes.sizeof(value))
             layouts = self._product, of_weight, of_x, of_out, of_out
             try:
-                self._call("MatmulAlgoConfigSetAttribute", variant, c_int(_CLUSTER_SHAPE), byref(value), size)
+                self._call("MatmulAlgoConfigSetAttribute", variant, attribute, byref(value), size)
                 self._call("MatmulAlgoCheck", self._handle, *layouts, variant, byref(checked))
             except RuntimeError:
                 continue
             if checked.workspace_bytes <= _WORKSPACE_BYTES and bytes(variant) != algorithm:
                 yield bytes(variant)
 
-    def linear(self, x: Tensor, weight: Tensor, algorithm: Algorithm) -> Tensor:
-        """x [T, K] and weight [N, K] with adjacent features -> x W^T, [T, N].
+    def linear(self, x: Tensor, weight: Tensor, algorithm: Algorithm, residual: Tensor | None = None) -> Tensor:
+        """x [T, K] and weight [N, K] with adjacent features -> x W^T, [T, N]; added to a residual [T, N] in place.
 
         Raises:
             RuntimeError: the algorithm cannot do it.
         """
         assert x.stride(1) == weight.stride(1) == 1
-        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+        assert residual is None or residual.is_contiguous()
+        shape = x.shape[0], weight.shape[0]
+        out = torch.empty(shape, dtype=x.dtype, device=x.device) if residual is None else residual
         of_weight, of_x, of_out = self._layouts(x, weight)
         status = self._library.cublasLtMatmul(
             self._handle,
@@ -127,7 +141,7 @@ class CublasLt:
             of_weight,
             x.data_ptr(),
             of_x,
-            ctypes.addressof(self._zero),
+            ctypes.addressof(self._zero if residual is None else self._one),
             out.data_ptr(),
             of_out,
             out.data_ptr(),

@@ -42,6 +42,10 @@ class NativeLinear:
         """See `LinearProduct`."""
         return self.linear(x.float(), weight.float(), None)
 
+    def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `LinearProduct`."""
+        return self.linear(x, weight, bias), residual
+
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
     ) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,10 @@ class ReferenceLinear:
         """See `LinearProduct`."""
         return F.linear(x.float(), weight.float())
 
+    def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `LinearProduct`."""
+        return F.linear(x, weight, bias), residual
+
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
     ) -> tuple[Tensor, Tensor]:

@@ -227,6 +227,12 @@ class TritonLinear:
             return torch.mm(x, weight.T, out_dtype=torch.float32)
         return F.linear(x.float(), weight.float())
 
+    def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `LinearProduct`. What is done here leaves the residual to the norm behind, which has it at hand."""
+        if bias is not None or self._library is None or _is_own(x.shape[0], weight):
+            return self.linear(x, weight, bias), residual
+        return self._library.linear(x, weight, residual), None
+
     def normed(
         self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
     ) -> tuple[Tensor, Tensor]:
