@@ -82,29 +82,31 @@ class SlotState:
         return Batch(tokens=PlannedTokens(num_decode=len(plan.decode), **tokens), **parts)
 
     def padding(self, num_tokens: int, num_rows: int) -> StepTokens:
-        """Room for so many tokens and rows that decode, of padding alone.
+        """Memory for so many tokens and rows that decode, of padding alone."""
+        none = self.last_ids[:0]
+        planned = PlannedTokens(num_decode=0, slots=none, ids=none, positions=none, entries=none, pages=none)
+        return self._laid_out(planned, num_tokens, num_rows)
 
-        Each tensor begins at a multiple of 16 bytes: for other addresses kernels would be compiled anew, in service.
-        """
-        width = num_tokens + num_tokens % 2
-        integers = torch.zeros((2, width), dtype=torch.int64, device=self.page_tables.device)[:, :num_tokens]
-        return StepTokens(
-            slots=torch.full_like(integers[0], self.num_slots),
-            ids=integers[0],
-            positions=integers[1],
-            cache_rows=integers.new_zeros((len(self.page_tables), width))[:, :num_tokens],
-            decode_slots=integers.new_full((num_rows,), self.num_slots),
-            decode_lens=integers.new_ones(num_rows, dtype=torch.int32),
-        )
+    def tokens(self, batch: Batch) -> StepTokens:
+        """What `lay_out` writes, in new memory and without padding."""
+        return self._laid_out(batch.tokens, len(batch.tokens.slots), batch.tokens.num_decode)
 
     def lay_out(self, batch: Batch, out: StepTokens) -> None:
         """Carry out the plan's grants, write its tokens to `out`, and lengthen their slots."""
         self._layout.lay_out(batch.tokens, self._tables, out)
 
-    def tokens(self, batch: Batch) -> StepTokens:
-        """The same in new memory, without padding."""
-        out = self.padding(len(batch.tokens.slots), batch.tokens.num_decode)
-        self.lay_out(batch, out)
+    def _laid_out(self, planned: PlannedTokens, num_tokens: int, num_rows: int) -> StepTokens:
+        """Each tensor begins at a multiple of 16 bytes: for others kernels would be compiled anew, in service."""
+        integers = self.last_ids.new_empty((3 + len(self.page_tables), num_tokens + num_tokens % 2))[:, :num_tokens]
+        out = StepTokens(
+            slots=integers[0],
+            ids=integers[1],
+            positions=integers[2],
+            cache_rows=integers[3:],
+            decode_slots=self.last_ids.new_empty(num_rows),
+            decode_lens=self.last_ids.new_empty(num_rows, dtype=torch.int32),
+        )
+        self._layout.lay_out(planned, self._tables, out)
         return out
 
     def _pack_starts(self, plan: StepPlan, packing: dict[str, np.ndarray]) -> None:

@@ -17,7 +17,8 @@ class ReferenceLayout:
         """See `Layout`."""
         num_decode, num_tokens = planned.num_decode, len(planned.slots)
         padding_slot, page_size = len(tables.lens) - 1, tables.page_size
-        tables.page_tables.view(-1)[planned.entries] = planned.pages.int()
+        if len(planned.entries):
+            tables.page_tables.view(-1)[planned.entries] = planned.pages.int()
 
         decode_slots = planned.slots[:num_decode]
         out.slots[:num_tokens] = planned.slots
