@@ -64,6 +64,7 @@ def plan(device, tables, num_decode, chunk_sizes, num_granted):
 @pytest.mark.parametrize(
     ("num_decode", "chunk_sizes", "num_granted", "num_tokens", "num_rows"),
     [
+        (0, [], 0, 5, 3),  # padding alone
         (1, [], 0, 1, 1),
         (33, [], 9, 40, 40),  # padded
         (0, [100, 5, 1], 0, 106, 0),
