@@ -128,15 +128,16 @@ def test_plain_weights_are_rounded_as_they_are_loaded(tmp_path: Path, row: str) 
 def test_random_weights_have_the_usual_spread(tmp_path: Path) -> None:
     folder = save_fp8(tmp_path, "qwen3_moe", MIXTURE, plain=("mlp.gate.", "0.self_attn.o_proj"))
     model = make_engine(folder, load_format="dummy").executor._runner.model
-    products = [module for module in model.modules() if isinstance(module, Linear | StackedLinear)]
-    assert sum(product.scales is None for product in products) == 3  # two gates, and what is listed
-    for product in products:
+    products = {name: module for name, module in model.named_modules() if isinstance(module, Linear | StackedLinear)}
+    assert sum(product.scales is None for product in products.values()) == 3  # two gates, and what is listed
+    for name, product in products.items():
         weight = product.weight.float()
         if product.scales is not None:
             assert product.weight.dtype == torch.float8_e4m3fn
             weight *= product.scales.flatten()[0]
-        assert 0.019 < weight.std() < 0.021
-        assert abs(weight.mean()) < 0.001
+        spread = 0.002 if name.endswith((".output", ".down")) else 0.02
+        assert 0.95 < weight.std() / spread < 1.05
+        assert abs(weight.mean() / spread) < 0.05
 
 
 def test_other_encodings_of_such_a_model_are_refused(tmp_path: Path) -> None:
