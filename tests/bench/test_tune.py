@@ -1,8 +1,10 @@
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from hornbeam.ops.moe.contract import ExpertsShape
 from hornbeam.ops.moe.tiles import SHIPPED, Tiles, TileTable, default_tiles, read_table, write_table
 
 pytestmark = pytest.mark.cpu
@@ -30,3 +32,40 @@ def test_tables_that_come_with_the_package(path: Path) -> None:
     entries = read_table(path)
     assert len(entries) > 8
     assert all(tiles.block_m in (16, 32, 64, 128) for tiles in entries.values())
+
+
+def test_a_search_that_was_cut_off_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    from hornbeam.bench import tile_search, tune
+
+    searched: list[int] = []
+
+    class Search:
+        def __init__(self, shape: ExpertsShape) -> None:
+            """No GPU."""
+
+        def best(self, num_tokens: int) -> Tiles:
+            if len(searched) == 3:
+                signal.raise_signal(signal.SIGTERM)
+            searched.append(num_tokens)
+            return default_tiles(num_tokens)
+
+    monkeypatch.setattr(tile_search, "TileSearch", Search)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Made up")
+    command = ["moe", "--model-path", str(CONFIGS / "qwen3-30b-a3b"), "--output", str(tmp_path)]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert tune.main(command) == 130
+        (path,) = tmp_path.iterdir()
+        assert sorted(read_table(path)) == sorted(searched) == sorted(tune.NUM_TOKENS[:3])
+        searched.append(0)  # past the one that ends it
+        for _ in range(2):
+            assert tune.main(command) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert searched == [*tune.NUM_TOKENS[:3], 0, *tune.NUM_TOKENS[3:]]
+    assert sorted(read_table(path)) == sorted(tune.NUM_TOKENS)
+    assert "cut off" in capsys.readouterr().err
