@@ -70,6 +70,12 @@ class Linear(nn.Module):
         """See `Encoding`."""
         return self._encoding.fuses(num_rows, gated=gated)
 
+    def gate(self, x: Tensor, fwd: Forward) -> Tensor | None:
+        """silu(first half) * second half of the outputs, [T, N / 2], where that is one kernel; None elsewhere."""
+        if not isinstance(self._encoding, Plain) or fwd.adapters is not None or not self.fuses(x.shape[0], gated=True):
+            return None
+        return self._encoding.gate(x)
+
     def normed(self, x: Tensor, residual: Tensor | None, norm: InputNorm, *, gated: bool) -> tuple[Tensor, Tensor]:
         """See `LinearProduct.normed`."""
         return self._encoding.normed(x, residual, norm, gated=gated)

@@ -18,4 +18,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
         """[T, H] -> [T, H]."""
+        inner = self.gate_up.gate(x, fwd)
+        if inner is not None:
+            return self.down(inner, fwd)
         return self.down.gated(self.gate_up(x, fwd), fwd)

@@ -125,13 +125,14 @@ def test_linear(num_in: int, num_out: int, num_rows: int) -> None:
 @NEEDS_NATIVE
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize(("num_in", "num_out"), [(64, 96), (70, 130)])
-def test_fused_linear(num_in: int, num_out: int, has_residual: bool, gated: bool) -> None:
+def test_fused_linear(num_in: int, num_out: int, has_norm: bool, has_residual: bool, gated: bool) -> None:
     x, residual = torch.randn(11, num_in), torch.randn(11, num_in) if has_residual else None
     weight, bias, norm = (
         torch.randn(num_out, num_in),
         torch.randn(num_out),
-        InputNorm(weight=torch.rand(num_in), eps=1e-5),
+        InputNorm(weight=torch.rand(num_in), eps=1e-5) if has_norm else None,
     )
     for actual, expected in zip(
         *(

@@ -80,3 +80,19 @@ def test_the_library_adds_the_residual(tmp_path, monkeypatch, num_rows):
     assert (left is None) == (num_rows == 24)
     assert (out is residual) == (num_rows == 24)
     torch.testing.assert_close(out if left is None else out + left, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("num_in", "num_out", "bias"), [(64, 96, False), (576, 1030, True)])
+def test_gated_without_a_norm(device, dtype, num_in, num_out, bias):
+    from hornbeam.ops.linear.triton import BACKEND
+
+    x = torch.randn(1, num_in, device=device).to(dtype)
+    weight = torch.randn(num_out, num_in, device=device).to(dtype) / num_in**0.5
+    offset = torch.randn(num_out, device=device).to(dtype) if bias else None
+    out, total = BACKEND.normed(x, None, None, weight, offset, gated=True)
+    expected, _ = ReferenceLinear().normed(x, None, None, weight, offset, gated=True)
+    assert torch.equal(total, x)
+    if dtype == torch.float32:
+        assert_close(out, expected)
+    else:  # the reference rounds gates, too
+        torch.testing.assert_close(out, expected, rtol=4e-2, atol=4e-2)

@@ -43,10 +43,18 @@ class LinearProduct(Protocol):
         """
 
     def normed(
-        self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: InputNorm | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        gated: bool,
     ) -> tuple[Tensor, Tensor]:
         """norm(x + residual) W^T + b, and x + residual [T, K]; x and residual [T, K] stay as they are.
 
+        norm: None for the sum as it is.
         gated: the first half of the outputs are gates: what is returned is silu(first half) * second half, [T, N / 2].
         """
 

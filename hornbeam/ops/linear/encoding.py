@@ -54,6 +54,10 @@ class Plain:
         """See `Encoding`."""
         return self.product.normed(x, residual, norm, self.weight, self.bias, gated=gated)
 
+    def gate(self, x: Tensor) -> Tensor:
+        """silu(first half) * second half of `linear` [T, N / 2], for numbers of rows that fuse."""
+        return self.product.normed(x, None, None, self.weight, self.bias, gated=True)[0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocked:

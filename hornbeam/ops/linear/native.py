@@ -47,7 +47,14 @@ class NativeLinear:
         return self.linear(x, weight, bias), residual
 
     def normed(
-        self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: InputNorm | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        gated: bool,
     ) -> tuple[Tensor, Tensor]:
         """See `LinearProduct`."""
         if gated and weight.shape[0] % (2 * LANES):

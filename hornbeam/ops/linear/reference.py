@@ -36,11 +36,19 @@ class ReferenceLinear:
         return F.linear(x, weight, bias), residual
 
     def normed(
-        self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: InputNorm | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        gated: bool,
     ) -> tuple[Tensor, Tensor]:
         """See `LinearProduct`."""
         total = x if residual is None else x + residual
-        out = F.linear(ReferenceNorm().rms_norm(total, norm.weight, norm.eps), weight, bias)
+        normed = total if norm is None else ReferenceNorm().rms_norm(total, norm.weight, norm.eps)
+        out = F.linear(normed, weight, bias)
         return ReferenceActivation().silu_mul(out) if gated else out, total
 
 

@@ -234,7 +234,14 @@ class TritonLinear:
         return self._library.linear(x, weight, residual), None
 
     def normed(
-        self, x: Tensor, residual: Tensor | None, norm: InputNorm, weight: Tensor, bias: Tensor | None, *, gated: bool
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: InputNorm | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        gated: bool,
     ) -> tuple[Tensor, Tensor]:
         """See `LinearProduct`."""
         return _single_row(x, residual, norm, weight, bias, gated=gated)

@@ -62,6 +62,8 @@ def _attend_kernel(
     lse: [T, NUM_HEADS, NUM_SPLITS] float32, base 2, if NUM_SPLITS > 1.
     What describes the step is older than the kernel ahead, which waited for it: so its loads need not wait.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     ROW: tl.constexpr = RANK + ROPE_DIM
     tile, head_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(tiles_ptr + 3 * tile)
@@ -81,7 +83,6 @@ def _attend_kernel(
     page = tl.load(table + (start + offsets) // PAGE_SIZE, mask=start + offsets < end, other=0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     index = (first + query).to(tl.int64) * NUM_HEADS + head
     features, rope = tl.arange(0, RANK), tl.arange(0, ROPE_BLOCK)
     q = q_ptr + index[:, None] * ROW
@@ -137,6 +138,8 @@ def _values_kernel(
     EARLY: tl.constexpr,
 ):
     """BLOCK_VALUES features of one head's value for one token: merge the parts, multiply by their rows of `up`."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     values = tl.program_id(2) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
     features, splits = tl.arange(0, RANK), tl.arange(0, NUM_SPLITS)
@@ -147,7 +150,6 @@ def _values_kernel(
     )
     if EARLY:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     index = token * NUM_HEADS + head
     lse = tl.load(lse_ptr + index * NUM_SPLITS + splits)
     shares = tl.exp2(lse - tl.max(lse, 0))
