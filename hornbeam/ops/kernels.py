@@ -11,7 +11,7 @@ import torch
 
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION, Activation
-from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION, AttentionBackend
+from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, AttentionBackend
 from hornbeam.ops.layout.contract import LAYOUT, Layout
 from hornbeam.ops.linear.contract import FP8_LINEAR, LINEAR, Fp8Product, LinearProduct
 from hornbeam.ops.mla.contract import LATENT_ATTENTION, LATENT_ROWS, SINGLE_LATENT_ATTENTION, LatentRows
@@ -101,7 +101,7 @@ def _choose_attention(
 ) -> tuple[AttentionBackend, AttentionBackend, AttentionBackend]:
     """Of decode, of prefill, of the decode of single rows; one after the other, since they often are the same."""
     probe = probes.attention
-    decode, prefill, single = DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
+    decode, prefill, single = DECODE_ATTENTION, PREFILL_ATTENTION, DECODE_ATTENTION
     if query.latent is not None:
         probe = probes.latent_attention
         decode, prefill, single = LATENT_ATTENTION, LATENT_ATTENTION, SINGLE_LATENT_ATTENTION

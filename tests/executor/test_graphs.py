@@ -17,7 +17,7 @@ from hornbeam.executor import mixed_graphs
 from hornbeam.executor.graphs import DecodeGraphs, fit_size
 from hornbeam.executor.mixed_graphs import MixedGraphs
 from hornbeam.executor.runner import Runner
-from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
+from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION
 from hornbeam.ops.attention.reference import ReferenceAttention
 from hornbeam.ops.moe.reference import ReferenceBackend, ReferenceRouting
 from hornbeam.platforms.cpu import CpuPlatform
@@ -91,7 +91,7 @@ def num_runs(monkeypatch) -> Counter[str]:
     facts = CpuPlatform.facts
     monkeypatch.setattr(CpuPlatform, "facts", lambda self: dataclasses.replace(facts(self), graphs=True))
     monkeypatch.setattr(CpuPlatform, "capture", lambda self, run: (run(), lambda: run())[1])
-    for registry in (DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION):
+    for registry in (DECODE_ATTENTION, PREFILL_ATTENTION):
         monkeypatch.setattr(registry, "entries", {"recordable": f"{__name__}:BACKEND", **registry.entries})
     monkeypatch.setattr(mixed_graphs, "_seconds", lambda run: 2.0 if "_recordable" in run.__qualname__ else 1.0)
     counted(DecodeGraphs, "replay", "decode")

@@ -10,7 +10,7 @@ from hornbeam.core.errors import ConfigError
 from hornbeam.core.family import LatentSizes, MixtureShape
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION
-from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION
+from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION
 from hornbeam.ops.kernels import choose_kernels
 from hornbeam.ops.layout.contract import LAYOUT
 from hornbeam.ops.linear.contract import FP8_LINEAR, LINEAR
@@ -24,7 +24,7 @@ from hornbeam.ops.sample.contract import SAMPLE
 
 pytestmark = pytest.mark.cpu
 
-ATTENTION = (DECODE_ATTENTION, PREFILL_ATTENTION, SINGLE_ATTENTION)
+ATTENTION = (DECODE_ATTENTION, PREFILL_ATTENTION)
 LATENT = (LATENT_ATTENTION, SINGLE_LATENT_ATTENTION, LATENT_ROWS)
 REGISTRIES = (ACTIVATION, *ATTENTION, EXPERTS, LAYOUT, *LATENT, FP8_LINEAR, LINEAR, NORM, QKV, ROUTING, SAMPLE)
 QUERY = OpQuery(

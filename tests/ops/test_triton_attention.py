@@ -41,6 +41,22 @@ def test_decode_with_several_queries_per_row(device, dtype):
     check(case, create(case.shape, 8).plan_decode(case.rows))
 
 
+@pytest.mark.parametrize(("page_size", "window"), [(1, None), (24, 70), (128, None)])
+def test_decode_over_pages_of_any_size(device, page_size, window):
+    """A block of keys has pieces of many pages, or is a piece of one."""
+    shape = make_shape(device, torch.float32, 4, 2, 16, window=window)
+    case = make_case(shape, [min(length, 32 * page_size) for length in (300, 128, 25)], [1] * 3)
+    tables = torch.randperm(16 * 32, dtype=torch.int32).reshape(16, 32)[: len(case.rows.page_tables)].to(device)
+    case = dataclasses.replace(
+        case,
+        shape=dataclasses.replace(shape, page_size=page_size),
+        rows=dataclasses.replace(case.rows, page_tables=tables),
+        k_pages=torch.randn(16 * 32, page_size, 2, 16, device=device),
+        v_pages=torch.randn(16 * 32, page_size, 2, 16, device=device),
+    )
+    check(case, create(case.shape, 8).plan_decode(case.rows))
+
+
 def test_a_captured_plan_follows_the_tensors(device):
     case = make_case(make_shape(device, torch.float32, 4, 2, 64), [40, 90], [1, 1], captured=True)
     attention = create(case.shape, 8)

@@ -145,18 +145,13 @@ _NATIVE = "hornbeam.ops.attention.native:BACKEND"
 _CPU = "hornbeam.ops.attention.cpu:BACKEND"
 _REFERENCE = "hornbeam.ops.attention.reference:BACKEND"
 
-# The orders are those of measurements on an H200 (8 key-value heads of 128, bfloat16). Decode of one row over 400
-# tokens takes 7.6 us in Triton and 9.5 in FlashInfer (over 8,000 both take 18); batches of uneven or long rows are
-# faster in FlashInfer, which balances them over the device (`mix` of an 8B model 13.9 against 14.3 s). Prefill of two
-# prompts of 4,096 tokens takes 0.45 ms in FlashInfer and 1.0 in Triton. On CPUs, kernels of our own need no gathered
-# copies of pages and few calls.
-SINGLE_ATTENTION: Registry[OpQuery, AttentionBackend] = Registry(
-    "single_attention",
-    {"triton": _TRITON, "flashinfer": _FLASHINFER, "native": _NATIVE, "cpu": _CPU, "reference": _REFERENCE},
-)
+# The orders are those of measurements on an H200 (32 query and 8 key-value heads of 128, bfloat16). Decode takes in
+# Triton and in FlashInfer, in microseconds: 4 rows of 640 tokens 9.2 and 12.5, 64 rows 47 and 55, 256 rows 170 and 180;
+# 64 rows of 100 to 2,000 tokens 74 and 85. Prefill of two prompts of 4,096 tokens takes 0.45 ms in FlashInfer and 1.0
+# in Triton. On CPUs, kernels of our own need no gathered copies of pages and few calls.
 DECODE_ATTENTION: Registry[OpQuery, AttentionBackend] = Registry(
     "decode_attention",
-    {"flashinfer": _FLASHINFER, "triton": _TRITON, "native": _NATIVE, "cpu": _CPU, "reference": _REFERENCE},
+    {"triton": _TRITON, "flashinfer": _FLASHINFER, "native": _NATIVE, "cpu": _CPU, "reference": _REFERENCE},
 )
 PREFILL_ATTENTION: Registry[OpQuery, AttentionBackend] = Registry(
     "prefill_attention",

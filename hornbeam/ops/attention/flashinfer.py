@@ -22,7 +22,6 @@ from flashinfer import (
 from flashinfer.jit.attention import gen_batch_prefill_module
 from torch import Tensor
 
-from hornbeam.ops.attention.cascade import Cascade
 from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows
 from hornbeam.ops.attention.page_lists import PageLists
 from hornbeam.ops.device import needs_cuda
@@ -45,7 +44,6 @@ class FlashInferAttention:
         self._scratch = torch.zeros(_scratch_bytes(shape, max_rows, num_processors), dtype=torch.uint8, device=device)
         plan_bytes = _PLAN_BYTES_PER_ROW * max(2 * max_rows, 2 * num_processors)
         self._plan_buffer = torch.empty(plan_bytes, dtype=torch.uint8, device=device)
-        self._cascade = Cascade(shape, max_rows, 2 * num_processors)
         self._decode_pages = PageLists(shape, max_rows)
         self._prefill_pages = PageLists(shape, max(max_rows, _LEAST_PREFILL_ROWS))
         self._no_indices = torch.empty(0, dtype=torch.int32, device=device)
@@ -69,10 +67,7 @@ class FlashInferAttention:
         wrapper, attend = self._decodes[num_rows]
         len_bounds: Sequence[int] | np.ndarray = rows.len_bounds
         skips = None
-        if rows.shared is not None:
-            self._cascade.plan(rows.shared)
-            len_bounds, skips = self._cascade.own_lens(rows.len_bounds), self._cascade.skips
-        elif shape.window is not None:
+        if shape.window is not None:
             len_bounds, skips = self._decode_pages.window(rows)
         indptr, last_page_lens = self._decode_pages.bounds(len_bounds)
         wrapper.plan(
@@ -91,16 +86,7 @@ class FlashInferAttention:
             seq_lens=torch.ones(1, dtype=torch.int32),
         )
         self._decode_pages.fill(rows, skips)
-        if rows.shared is None:
-            return attend
-
-        def attend_shared(
-            q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
-        ) -> Tensor:
-            own, own_lse = wrapper.run(q, (k_pages, v_pages), return_lse=True)
-            return self._cascade.attend(rows, q, k_pages, v_pages, own, own_lse)
-
-        return attend_shared
+        return attend
 
     def plan_prefill(self, rows: Rows) -> Attend:
         """See `Attention`. The bounds of prompts are exact."""
@@ -269,7 +255,7 @@ class FlashInferBackend:
 
     captures = True
     captures_prefill = True
-    least_shared = 16384  # on an H200 sharing 512 tokens loses with 8 rows (3,584 are saved) and wins with 64 (32,256)
+    least_shared = None
 
     def supports(self, query: OpQuery) -> str | None:
         """CUDA devices, and parameters whose FlashAttention-2 module is compiled."""

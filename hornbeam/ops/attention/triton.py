@@ -1,12 +1,11 @@
-"""Paged attention in Triton, decode and prefill by one kernel, after FlashAttention-2 (Dao, 2023).
+"""Paged attention in Triton. Decode of several rows is `balanced`'s; prefill, and decode of one row, are here.
 
-The work is cut into tiles: some consecutive queries of a row, with all query heads that share a key-value head. In
-decode and in recorded prefill, a tile's keys are split over several programs, so that a few long rows fill the device;
-a second kernel merges the parts by their log-sum-exps. The grid depends on the numbers of rows and queries, never on
-lengths, so it can be captured.
+The work is cut into tiles: some consecutive queries of a row, with all query heads that share a key-value head. Where
+one row decodes, and in recorded prefill, a tile's keys are split over several programs, so that a few long rows fill
+the device; a second kernel merges the parts by their log-sum-exps. The grid depends on the numbers of rows and queries,
+never on lengths, so it can be captured.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -15,18 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hornbeam.ops.attention.cascade import Cascade
+from hornbeam.ops.attention.balanced import BalancedDecode
 from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows, StoringAttend
+from hornbeam.ops.attention.paged_keys import BLOCK_KEYS, LOG2_E, attend_keys
 from hornbeam.ops.attention.triton_row import plan_row
 from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import early_launch, num_multiprocessors
 from hornbeam.ops.query import OpQuery
 
-_BLOCK_KEYS = 64
-_PREFILL_BLOCK = 64  # packed queries of a prefill tile: queries times the heads of a group
-_DECODE_BLOCK = 16  # the least that the matrix units take
-_MAX_SPLITS = 32
+_DECODE_BLOCK = 16  # packed queries of a single row: the least that the matrix units take
+_MAX_SPLITS = 32  # of its keys
 _PROGRAMS = 512  # enough to fill a large device
+_PREFILL_BLOCK = 64  # packed queries of a prefill tile: queries times the heads of a group
 _PREFILL_SPLITS = 4  # of a recorded prefill: one number for all, so that the kernel is compiled once
 
 
@@ -43,11 +42,9 @@ def _attend_kernel(
     lens_ptr,
     tiles_ptr,
     sinks_ptr,
-    skips_ptr,
     q_stride,
     q_head_stride,
     page_table_stride,
-    skip_stride,
     scale,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -56,7 +53,6 @@ def _attend_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    HAS_SKIPS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -65,7 +61,7 @@ def _attend_kernel(
     """One tile, one key-value head, one stretch of keys.
 
     tiles: [num_tiles, 3] int32: the row, the tile's first query token, the row's queries from that one on.
-    WINDOW and SOFT_CAP: 0 for none; sinks: [NUM_HEADS]; skips: [B] int32, first pages of each row that are left out.
+    WINDOW and SOFT_CAP: 0 for none; sinks: [NUM_HEADS].
     out: [T, NUM_HEADS, NUM_SPLITS, HEAD_DIM]; lse: [T, NUM_HEADS, NUM_SPLITS] float32, base 2, if NUM_SPLITS > 1.
     """
     if EARLY:
@@ -78,8 +74,6 @@ def _attend_kernel(
     num_queries = tl.minimum(remaining, BLOCK // GROUP)
     position = tl.load(lens_ptr + row) - remaining  # of the first query
     begin = tl.maximum(position - WINDOW + 1, 0) if WINDOW else 0  # the first key that the first query sees
-    if HAS_SKIPS:
-        begin = tl.load(skips_ptr + row * skip_stride) * PAGE_SIZE
     end = position + num_queries  # keys that the last query sees
 
     packed = tl.arange(0, BLOCK)
@@ -102,40 +96,32 @@ def _attend_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     if HAS_SINKS:  # noqa: SIM102 (only the outer one is known when the kernel is compiled)
         if split == 0:  # as if it had seen a key with that score and a value of zeros
-            maximum = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+            maximum = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
             total += 1.0
-    accumulator = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
-    for block in range(start, tl.minimum(start + stretch, end), BLOCK_KEYS):
-        keys = block + tl.arange(0, BLOCK_KEYS)
-        inside = keys < end
-        page = tl.load(table + keys // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
-        cell = ((page * PAGE_SIZE + keys % PAGE_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
-        k = tl.load(k_ptr + cell[None, :] + dims[:, None], mask=inside[None, :], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee")
-        if SOFT_CAP != 0.0:  # tanh(x) = 2 sigmoid(2 x) - 1
-            scores = (2 * tl.sigmoid(scores * (2 * scale / SOFT_CAP)) - 1) * (SOFT_CAP * 1.4426950408889634)
-        else:
-            scores *= scale * 1.4426950408889634  # to base 2
-        seen = keys[None, :] <= (position + query)[:, None]
-        if WINDOW:
-            seen &= keys[None, :] > (position + query - WINDOW)[:, None]
-        scores = tl.where(seen, scores, -float("inf"))
-        higher = tl.maximum(maximum, tl.max(scores, 1))
-        reference = tl.where(higher == -float("inf"), 0.0, higher)
-        weights = tl.exp2(scores - reference[:, None])
-        decay = tl.exp2(maximum - reference)
-        v = tl.load(v_ptr + cell[:, None] + dims[None, :], mask=inside[:, None], other=0.0)
-        accumulator = accumulator * decay[:, None]
-        accumulator += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        total = total * decay + tl.sum(weights, 1)
-        maximum = higher
-
+    out, lse = attend_keys(
+        q,
+        k_ptr,
+        v_ptr,
+        table,
+        kv_head,
+        start,
+        tl.minimum(start + stretch, end),
+        position + query,
+        maximum,
+        total,
+        scale,
+        NUM_KV_HEADS,
+        HEAD_DIM,
+        PAGE_SIZE,
+        WINDOW,
+        SOFT_CAP,
+        True,
+        BLOCK_KEYS,
+    )
     part = (token * NUM_HEADS + head) * NUM_SPLITS + split
-    divisor = tl.where(total == 0, 1.0, total)  # a part that saw no key counts nothing: its lse is -inf
-    out = accumulator / divisor[:, None]
     tl.store(out_ptr + part[:, None] * HEAD_DIM + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=valid[:, None])
     if NUM_SPLITS > 1:
-        tl.store(lse_ptr + part, maximum + tl.log2(divisor), mask=valid)
+        tl.store(lse_ptr + part, lse, mask=valid)
 
 
 @triton.jit
@@ -157,46 +143,40 @@ def _merge_kernel(parts_ptr, lse_ptr, out_ptr, HEAD_DIM: tl.constexpr, NUM_SPLIT
 
 
 class TritonAttention:
-    """Everything a step changes is read from the device; there is nothing to plan but the tiles."""
+    """Everything a step changes is read from the device: there is little to plan."""
 
     def __init__(self, shape: AttentionShape, max_rows: int) -> None:
         self._shape = shape
-        self._max_rows = max_rows
-        self._decode_tiles: dict[int, Tensor] = {}  # by queries per row, for max_rows rows
-        self._cascade: Cascade | None = None  # made when it is first needed
-        # By rows, queries per row, the address of slots, and whether prefixes are shared.
-        self._captured: dict[tuple[int, int, int, bool], Attend] = {}
+        self._decode = BalancedDecode(shape, max_rows, num_multiprocessors(shape.device))
+        self._row_tile = self._upload(tiles((1,), 1))
+        self._captured_rows: dict[int, Attend] = {}  # single rows, by the address of their slots
         self._captured_prefills: dict[int, tuple[Tensor, Attend]] = {}  # by queries: the tiles' buffer, and its reader
 
     def plan_decode(self, rows: Rows) -> Attend:
         """See `Attention`."""
-        num_rows, num_queries = len(rows.query_lens), rows.query_lens[0]
-        assert all(length == num_queries for length in rows.query_lens)
-        if rows.shared is not None:
-            self._cascade = self._cascade or Cascade(self._shape, self._max_rows, _PROGRAMS // 2)
-            self._cascade.plan(rows.shared)
-        key = num_rows, num_queries, rows.slots.data_ptr(), rows.shared is not None
-        if rows.captured and key in self._captured:
-            return self._captured[key]
-        if num_queries not in self._decode_tiles:
-            self._decode_tiles[num_queries] = self._upload(tiles((num_queries,) * self._max_rows, num_queries))
-        programs = num_rows * self._shape.num_kv_heads
-        most_keys = _MAX_SPLITS * _BLOCK_KEYS if self._shape.window is None else self._shape.window + num_queries - 1
+        if len(rows.query_lens) > 1 or rows.query_lens[0] > 1 or rows.shared is not None:
+            return self._decode.plan(rows)
+        key = rows.slots.data_ptr()
+        if rows.captured and key in self._captured_rows:
+            return self._captured_rows[key]
+        attend = self._plan_row(rows)
+        if rows.captured:
+            self._captured_rows[key] = attend
+        return attend
+
+    def _plan_row(self, rows: Rows) -> Attend:
+        """One row with one query, which needs no lists."""
+        shape = self._shape
+        most_keys = shape.max_pages * shape.page_size if shape.window is None else shape.window
         num_splits = min(
             _MAX_SPLITS,
-            triton.next_power_of_2(triton.cdiv(_PROGRAMS, programs)),
-            triton.next_power_of_2(triton.cdiv(most_keys, _BLOCK_KEYS)),
+            triton.next_power_of_2(triton.cdiv(_PROGRAMS, shape.num_kv_heads)),
+            triton.next_power_of_2(triton.cdiv(most_keys, BLOCK_KEYS)),
         )
-        listed = self._decode_tiles[num_queries][:num_rows]
-        if rows.shared is not None:
-            attend = self._attend(rows, listed, num_queries, max(2, num_splits), self._cascade)
-        else:
-            attend = self._attend(rows, listed, num_queries, num_splits)
-            if num_rows == num_queries == 1 and self._shape.head_dim >= 2 * _DECODE_BLOCK:
-                attend = StoringAttend(attend=attend, run=plan_row(self._shape, rows, merge_parts))
-        if rows.captured:
-            self._captured[key] = attend
-        return attend
+        attend = self._attend(rows, self._row_tile, 1, num_splits)
+        if shape.head_dim < 2 * _DECODE_BLOCK:
+            return attend
+        return StoringAttend(attend=attend, run=plan_row(shape, rows, merge_parts))
 
     def plan_prefill(self, rows: Rows) -> Attend:
         """See `Attention`."""
@@ -219,11 +199,8 @@ class TritonAttention:
     def _upload(self, tiles: list[tuple[int, int, int]]) -> Tensor:
         return torch.tensor(tiles, dtype=torch.int32).to(self._shape.device, non_blocking=True)
 
-    def _attend(
-        self, rows: Rows, tiles: Tensor, tile_len: int, num_splits: int, cascade: Cascade | None = None
-    ) -> Attend:
-        """`cascade` does what it has planned; it wants several splits, which tell their log-sum-exps."""
-        shape, skips = self._shape, rows.lens if cascade is None else cascade.skips
+    def _attend(self, rows: Rows, tiles: Tensor, tile_len: int, num_splits: int) -> Attend:
+        shape = self._shape
         group = shape.num_heads // shape.num_kv_heads
         block = max(_DECODE_BLOCK, triton.next_power_of_2(tile_len * group))
         early = early_launch(shape.device)
@@ -251,11 +228,9 @@ class TritonAttention:
                 rows.lens,
                 tiles,
                 q if sinks is None else sinks,
-                skips,
                 q.stride(0),
                 q.stride(1),
                 rows.page_tables.stride(0),
-                skips.stride(0),
                 shape.scale,
                 NUM_HEADS=shape.num_heads,
                 NUM_KV_HEADS=shape.num_kv_heads,
@@ -264,19 +239,14 @@ class TritonAttention:
                 WINDOW=shape.window or 0,
                 SOFT_CAP=shape.soft_cap or 0.0,
                 HAS_SINKS=sinks is not None,
-                HAS_SKIPS=cascade is not None,
                 NUM_SPLITS=num_splits,
                 BLOCK=block,
-                BLOCK_KEYS=_BLOCK_KEYS,
+                BLOCK_KEYS=BLOCK_KEYS,
                 num_stages=num_stages,
                 num_warps=8 if is_single else 4,
                 **early,
             )
-            own = merge_parts(out, lse, q.dtype) if num_splits > 1 else out
-            if cascade is None:
-                return own
-            own_lse = torch.logsumexp(lse * math.log(2), -1) / math.log(2)
-            return cascade.attend(rows, q, k_pages, v_pages, own, own_lse)
+            return merge_parts(out, lse, q.dtype) if num_splits > 1 else out
 
         return attend
 
@@ -315,7 +285,7 @@ class TritonAttentionBackend:
 
     captures = True
     captures_prefill = True
-    least_shared = 16384  # as with FlashInfer, not measured
+    least_shared = 16384  # on an H200 sharing 512 tokens loses with 8 rows (3,584 are saved) and wins with 64 (32,256)
 
     def supports(self, query: OpQuery) -> str | None:
         """CUDA devices; head sizes that are powers of two from 16 on."""
