@@ -20,7 +20,8 @@ def draw_dummy(model: nn.Module, seed: int) -> None:
     """Fill `model` with numbers that make routing and arithmetic look real: normal(0, 0.02), norms 1, biases 0.
 
     What is added to the residual has a tenth of that, a table of embeddings that is not the head, too, is normal(0, 1),
-    and corrections of routing are 0: then experts are chosen evenly, whatever prefixes requests share.
+    and corrections of routing are 0: then experts are chosen evenly, whatever prefixes requests share. What is float32
+    is drawn as bfloat16.
     A parameter's numbers depend on `seed`, its name, its shape and its kind of device, not on other parameters.
     """
     heads = {id(module.plain_weight) for module in model.modules() if isinstance(module, Head)}
