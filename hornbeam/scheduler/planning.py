@@ -4,7 +4,7 @@ When pages are short, a request is retracted: it gives its memory back and waits
 Knows no clients: who ends is told to `finish`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from hornbeam.config.components import SchedulerOptions
 from hornbeam.core.plan import PageGrant
@@ -78,6 +78,11 @@ def _approach(known: float, seconds: float) -> float:
     return known + PACE_LEARNING_RATE * (min(seconds, 2 * known) - known) if known else seconds
 
 
+def _num_left(state: RequestState) -> int:
+    """Tokens of a begun prompt."""
+    return state.prefill_end - state.kv_len
+
+
 class Planner:
     """Moves requests from the queue to the running ones, and on from step to step.
 
@@ -146,22 +151,39 @@ class Planner:
             self._running.ending[state] = None
 
     def _plan_chunks(self, step: Step) -> None:
-        """Stretches of prompts, up to the budget: begun prompts first, then the queue's head as long as it fits."""
-        budget = most = self._prompt_budget()
-        for state in list(self._running.prefilling):
+        """Stretches of prompts, up to the budget: begun prompts first, then the queue's head as long as it fits.
+
+        A prompt that would fill the step leaves up to half of it to short ones, so that they need not wait for its end.
+        """
+        budget, self._reserve = self._prompt_budget(), None
+        begun, share, short = list(self._running.prefilling), budget // 2, self._memory.chunk_size // 2
+        if begun and _num_left(begun[0]) > budget and share >= self._memory.unit:
+            quick = [state for state in begun[1:] if _num_left(state) <= short]
+            budget -= self._plan_prompts(quick, share, step, most_left=short)
+            planned = {chunk.slot for chunk in step.chunks}
+            begun = [state for state in self._running.prefilling if state.slot not in planned]
+        self._plan_prompts(begun, budget, step)
+
+    def _plan_prompts(self, begun: Iterable[RequestState], most: int, step: Step, most_left: int | None = None) -> int:
+        """Next stretches of these prompts, then heads of the queue with at most `most_left` tokens to compute; `most`
+        tokens together. Returns their number."""
+        budget = most
+        for state in begun:
             num_tokens = self._plan_chunk(state, budget, step)
             if num_tokens == 0:
-                return
+                return most - budget
             budget -= num_tokens
         limit = self._options.max_prefill_tokens
-        self._reserve = None
-        while budget > 0 and most - budget < limit and (head := self._queue.head()) is not None:
+        while budget >= self._memory.unit and most - budget < limit and (head := self._queue.head()) is not None:
+            if most_left is not None and len(head.tokens) - self._memory.known_prefix(head)[1] > most_left:
+                break
             ready = head not in self._running.leaving and self._memory.num_free_slots
             num_tokens = self._admit(head, budget, step) if ready else 0
             if num_tokens == 0:
                 self._preempt(head)
-                return
+                break
             budget -= num_tokens
+        return most - budget
 
     def _prompt_budget(self) -> int:
         """Prompt tokens of the next step. Streams set the pace, unless so many wait that throughput counts, or nobody
@@ -202,7 +224,7 @@ class Planner:
             return True
         if self._reserve is None:
             self._reserve = sum(map(self._estimate.to_come, self._running))
-        num_left = [other.prefill_end - other.kv_len for other in (*self._running.prefilling, state)]
+        num_left = list(map(_num_left, (*self._running.prefilling, state)))
         return self._memory.has_room(num_left, int(self._reserve + self._estimate.to_come(state)))
 
     def _preempt(self, head: RequestState) -> None:

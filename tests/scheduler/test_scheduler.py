@@ -283,3 +283,27 @@ def test_admission_looks_at_who_runs_once_a_step(monkeypatch: pytest.MonkeyPatch
     simulation.run()
     assert len(simulation.plans[0].chunks) == 100
     assert len(looks) <= 300
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_short_prompts_do_not_wait_for_a_long_one(mixes: bool) -> None:
+    """They come while it is computed, and share its steps. Long ones are computed one after the other."""
+    simulation = Simulation(num_pages=2000, chunk=64, mixes=mixes)
+    requests = [
+        make("long", tokens_of(0, 900), 3),
+        *(make(str(i), tokens_of(1 + i, 30), 60, ignore_eos=True) for i in range(3)),
+    ]
+    simulation.submit(requests[0])
+    for _ in range(3):
+        simulation.step()
+    requests.append(make("late", tokens_of(9, 600), 3))
+    simulation.submit(*requests[1:])
+    simulation.run()
+    check_outputs(simulation, requests)
+    chunks = [(plan.step_id, chunk) for plan in simulation.plans for chunk in plan.chunks]
+    done = {chunk.slot: step_id for step_id, chunk in chunks if chunk.samples}
+    assert done[0] > 2 * max(done[slot] for slot in (1, 2, 3))
+    assert min(step_id for step_id, chunk in chunks if chunk.slot == 4) >= done[0]
+    assert min(len(chunk.token_ids) for _, chunk in chunks if chunk.slot == 0 and not chunk.samples) == 32
+    full = [sum(len(chunk.token_ids) for chunk in plan.chunks) for plan in simulation.plans if plan.step_id < done[0]]
+    assert all(num_tokens > 64 - 8 for num_tokens in full if num_tokens), "whole pages, else full steps"
