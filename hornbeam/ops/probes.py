@@ -4,6 +4,7 @@ A probe runs its op once on zeros, with the sizes of the model where kernels are
 the backend raises. Results are not compared: that is what tests are for.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hornbeam.core.family import LatentSizes, MixtureShape
 from hornbeam.core.fp8 import Fp8Format
+from hornbeam.core.plan import SharedPrefix
 from hornbeam.ops.activation.contract import Activation
 from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape, LatentAttend, Rows
 from hornbeam.ops.layout.contract import Layout, PlannedTokens, SlotTables, StepTokens
@@ -41,14 +43,21 @@ class Probes:
         self._wait()
 
     def attention(self, backend: AttentionBackend, *, prefill: bool = True) -> None:
-        """A row that decodes, and with `prefill` one with two queries."""
+        """A row that decodes, two of them, two that share a page if they can; with `prefill` a row with two queries."""
         query = self._query
-        attention, pages = backend.create(self._attention_shape(), max_rows=1), self._pages()
+        attention, pages = backend.create(self._attention_shape(), max_rows=2), self._pages()
         sinks = self._zeros(query.num_heads) if query.sinks else None
-        for plan, num_queries in ((attention.plan_decode, 1), (attention.plan_prefill, 2))[: 1 + prefill]:
-            attend = plan(self._attention_rows(num_queries, num_queries))
+        row, pair = self._attention_rows(1, 1), self._attention_rows(1, query.page_size + 1, num_rows=2)
+        steps = [(attention.plan_decode, row), (attention.plan_decode, pair)]
+        if backend.least_shared is not None and query.window is None and query.soft_cap is None:
+            shared = (SharedPrefix(rows=(0, 1), num_tokens=query.page_size),)
+            steps.append((attention.plan_decode, replace(pair, shared=shared)))
+        if prefill:
+            steps.append((attention.plan_prefill, self._attention_rows(2, 2)))
+        for plan, rows in steps:
+            attend = plan(rows)
             assert not isinstance(attend, LatentAttend)
-            attend(self._zeros(num_queries, query.num_heads, query.head_dim), pages, pages, sinks)
+            attend(self._zeros(sum(rows.query_lens), query.num_heads, query.head_dim), pages, pages, sinks)
         self._wait()
 
     def latent_attention(self, backend: AttentionBackend, *, prefill: bool = True) -> None:
@@ -85,13 +94,13 @@ class Probes:
             device=self._device,
         )
 
-    def _attention_rows(self, num_queries: int, length: int) -> Rows:
+    def _attention_rows(self, num_queries: int, length: int, *, num_rows: int = 1) -> Rows:
         return Rows(
             page_tables=self._integers(2, _MAX_PAGES, dtype=torch.int32),
-            slots=self._integers(1),
-            lens=self._integers(1, dtype=torch.int32) + length,
-            len_bounds=(length,),
-            query_lens=(num_queries,),
+            slots=self._integers(num_rows),
+            lens=self._integers(num_rows, dtype=torch.int32) + length,
+            len_bounds=(length,) * num_rows,
+            query_lens=(num_queries,) * num_rows,
         )
 
     def experts(self, backend: ExpertsBackend) -> None:

@@ -23,12 +23,25 @@ from hornbeam.ops.attention.paged_keys import BLOCK_KEYS, LOG2_E, add_block, fin
 from hornbeam.ops.launch import early_launch
 
 _PROGRAMS = 4  # per multiprocessor
+_BLOCK_ROWS = 256  # for any number of rows up to it the kernel is the same
 _LEAST_BLOCK = 16  # packed queries, the least that the matrix units take
 _ROW_FIELDS: tl.constexpr = tl.constexpr(5)
 
 
-# Slots come out of an upload at any offset: specialised on alignment, the kernel would be compiled twice.
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots_ptr"])
+# Slots come out of an upload at any offset, and lists begin within one buffer: specialised on alignment, the kernels
+# would be compiled more than once.
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=[
+        "slots_ptr",
+        "shares_ptr",
+        "tiles_ptr",
+        "rows_ptr",
+        "strips_ptr",
+        "owners_ptr",
+        "pieces_ptr",
+    ],
+)
 def _list_kernel(
     page_tables_ptr,
     slots_ptr,
@@ -100,7 +113,7 @@ def _list_kernel(
         tl.store(pieces_ptr + begin * PIECES + piece, listed, mask=piece < num_blocks * PIECES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "strips_ptr", "owners_ptr", "pieces_ptr"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -236,7 +249,7 @@ def _add_parts(
     return merged, maximum, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "strips_ptr", "tiles_ptr", "tile_strips_ptr", "shares_ptr"])
 def _merge_kernel(
     out_ptr,
     parts_ptr,
@@ -358,7 +371,7 @@ class BalancedDecode:
             HAS_SHARED=cascade is not None,
             PIECE=self._piece,
             BLOCK_KEYS=BLOCK_KEYS,
-            BLOCK_ROWS=triton.next_power_of_2(self._max_rows),
+            BLOCK_ROWS=max(_BLOCK_ROWS, triton.next_power_of_2(self._max_rows)),
             BLOCK=512,
         )
         key = num_queries, cascade is not None

@@ -23,7 +23,8 @@ _BLOCK_QUERIES = 64  # packed queries of a tile: rows times the heads of a group
 _TILE_FIELDS = 6
 
 
-@triton.jit
+# Lists begin within one buffer: specialised on alignment, the kernel would be compiled more than once.
+@triton.jit(do_not_specialize_on_alignment=["tiles_ptr", "strips_ptr", "members_ptr"])
 def _shared_kernel(
     q_ptr,
     k_ptr,
