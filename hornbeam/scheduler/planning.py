@@ -156,12 +156,14 @@ class Planner:
         A prompt that would fill the step leaves up to half of it to short ones, so that they need not wait for its end.
         """
         budget, self._reserve = self._prompt_budget(), None
-        begun, share, short = list(self._running.prefilling), budget // 2, self._memory.chunk_size // 2
+        begun, share = list(self._running.prefilling), budget // 2
         if begun and _num_left(begun[0]) > budget and share >= self._memory.unit:
+            short = (
+                min(self._memory.chunk_size, _num_left(begun[0])) // 2
+            )  # those that are alike gain nothing by sharing
             quick = [state for state in begun[1:] if _num_left(state) <= short]
             budget -= self._plan_prompts(quick, share, step, most_left=short)
-            planned = {chunk.slot for chunk in step.chunks}
-            begun = [state for state in self._running.prefilling if state.slot not in planned]
+            begun = [state for state in self._running.prefilling if state.last_step != step.step_id]
         self._plan_prompts(begun, budget, step)
 
     def _plan_prompts(self, begun: Iterable[RequestState], most: int, step: Step, most_left: int | None = None) -> int:
@@ -191,9 +193,8 @@ class Planner:
         limit, num_streams = self.pace.max_prompt_tokens, len(self._running.decoding)
         num_waiting = len(self._running.prefilling) + len(self._queue)
         many_wait = num_waiting > max(FEW, num_streams // FEW)
-        if limit is None or not num_streams or many_wait or not self._options.mixes:
-            return self._memory.chunk_size
-        if not any(state.request.streamed for state in self._running.decoding):
+        streamed = any(state.request.streamed for state in self._running.decoding)
+        if limit is None or many_wait or not streamed or not self._options.mixes:
             return self._memory.chunk_size
         return min(self._memory.chunk_size, max(limit, self._memory.unit))
 
