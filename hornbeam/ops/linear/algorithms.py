@@ -31,9 +31,9 @@ _NUM_VARIED = 3  # offers, from the fastest on, of which variants are timed
 _LEAST_GAIN = 0.03  # for another algorithm to be taken
 _MANY_ROWS = 4096  # from here on an algorithm serves nearby numbers of rows, too
 _NEARBY = 1.1
-_NUM_FINALISTS = 6  # of those for many rows
+_NUM_FINALISTS = 4  # of those for many rows
 _NUM_TURNS = 4  # of each; the first is not counted
-_TURN_MS = 5
+_TURN_MS = 3
 
 Product = tuple[str, int, int, int]  # dtype, rows, outputs, inputs
 
