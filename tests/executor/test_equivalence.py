@@ -10,10 +10,12 @@ import harness
 import pytest
 import torch
 from harness import BuiltEngine, make_engine
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hornbeam.core.errors import FamilyUnavailable
 from hornbeam.core.request import Request, SamplingParams
+from hornbeam.layers.linear import Linear
 
 pytestmark = pytest.mark.cpu
 
@@ -165,11 +167,20 @@ def test_a_family_whose_model_cannot_be_imported_says_so(checkpoint: Path, monke
         make_engine(checkpoint)
 
 
-def test_the_last_layer_goes_on_with_the_rows_that_are_wanted(checkpoint):
+def test_the_last_layer_goes_on_with_the_rows_that_are_wanted(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine(checkpoint, disable_radix_cache=True, chunked_prefill_size=32)
-    layers, seen = engine.executor._runner.model.layers, {0: [], 1: []}
-    for layer, sizes in seen.items():
-        layers[layer].mlp.down.register_forward_hook(lambda _, inputs, __, sizes=sizes: sizes.append(len(inputs[0])))
+    seen: dict[Linear, list[int]] = {}
+    added = Linear.added
+
+    def counted(self: Linear, x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        seen.setdefault(self, []).append(len(x))
+        return added(self, x, *args, **options)
+
+    monkeypatch.setattr(Linear, "added", counted)
     sampling = SamplingParams(temperature=0.0, max_new_tokens=2, ignore_eos=True)
     run(engine, [Request(rid="a", prompt_ids=tuple(range(50)), sampling=sampling)])
-    assert seen == {0: [32, 18, 1], 1: [1, 1, 1]}
+    first, last = (layer.mlp.down for layer in engine.executor._runner.model.layers)
+    assert seen[first] == [32, 18, 1]
+    assert seen[last] == [1, 1, 1]
