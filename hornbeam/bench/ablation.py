@@ -15,7 +15,7 @@ from typing import Any
 
 from hornbeam.bench.report import append_json, show
 from hornbeam.bench.workloads import WORKLOADS
-from hornbeam.core.errors import HornbeamError
+from hornbeam.core.errors import ConfigError, HornbeamError
 from hornbeam.serve.cli import FlagParser, as_arguments
 
 ALL_ON = "all on"
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     """`hornbeam bench ablation`. A variant that fails is told, and the others still run; 1 then.
 
     Raises:
+        ConfigError: no part is wanted that one of the wanted workloads shows.
         HornbeamError: the run with everything on fails.
     """
     parser = FlagParser("hornbeam bench ablation", __doc__ or "")
@@ -62,8 +63,12 @@ def main(argv: Sequence[str]) -> int:
     own = {name: values.pop(name) for name in ("workload", "scale", "without", "json")}
     flags = ["--scale", str(own["scale"]), *as_arguments(values)]
     wanted = {name: [w for w in own["workload"] if w in switched[name].workloads] for name in own["without"]}
+    workloads = [w for w in own["workload"] if any(w in some for some in wanted.values())]
+    if not workloads:
+        shown = "; ".join(f"{name}: {', '.join(switched[name].workloads)}" for name in own["without"])
+        raise ConfigError(f"what --without names does not show in {', '.join(own['workload'])}, but in ({shown})")
     show(_ROW.format("", "workload", "seconds", "tok/s out", "tok/s in+out", "slower by", "start"))
-    all_on = _run([w for w in own["workload"] if any(w in some for some in wanted.values())], flags)
+    all_on = _run(workloads, flags)
     results = _shown(ALL_ON, all_on, all_on)
     failed = False
     for name in filter(wanted.get, own["without"]):

@@ -34,7 +34,7 @@ class Forward:
     groups: tuple[GroupForward, ...]  # by cache group
     decodes: Tensor | None = None  # [num_decode] bool: those that decode, where a graph must serve any number of them
     wanted: Tensor | None = None  # [R] int64: the tokens whose hidden rows the model returns; None: all, in order
-    input_embeds: Tensor | None = None  # [T, H]: taken instead of looking the ids up
+    input_embeds: Tensor | None = None  # [T, H]: taken instead of looking the ids up; written over
     padding: Tensor | None = None  # [T] bool: rows that stand for no token; None: there is none
     adapters: Tensor | None = None  # [T] adapter slot of each token; None: no adapter in this step
     collect_layers: tuple[int, ...] = ()  # layers whose hidden rows are wanted

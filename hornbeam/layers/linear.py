@@ -126,8 +126,8 @@ class Head(nn.Module):
         super().__init__()
         if tied is None:
             self.weight = empty_parameter((vocab_size, hidden_size), context)
-        self._is_tied = tied is not None
-        weight = self.weight if tied is None else tied.weight
+        self._owner = (tied or self,)  # in a tuple, so that the shared weight is not registered twice
+        weight = self._owner[0].weight
         self.product, activation = context.kernels.linear, context.kernels.activation
         self._encoding: Encoding = Plain(weight=weight, bias=None, product=self.product, activation=activation)
         self._context = context
@@ -143,10 +143,10 @@ class Head(nn.Module):
 
     def refresh_derived(self) -> None:
         """As `Linear` does; a table of embeddings is kept beside its encoding."""
-        weight = self.plain_weight
-        if self._context.packing is not None and weight is not None and not weight.is_meta:
-            self._encoding = _packed(weight, None, self._context)
-            if not self._is_tied:
+        (owner,) = self._owner
+        if self._context.packing is not None and not owner.weight.is_meta:
+            self._encoding = _packed(owner.weight, None, self._context)
+            if owner is self:
                 self.weight = freed(self.weight)
 
 

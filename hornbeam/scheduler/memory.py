@@ -285,11 +285,11 @@ class Running:
         return [*self.decoding, *self.prefilling]
 
     def place(self, state: RequestState) -> None:
-        """Put a request, of which a chunk was just planned, where it belongs."""
-        self.prefilling.pop(state, None)
+        """Put a request, of which a chunk was just planned, where it belongs; one with more to come keeps its place."""
         if state.kv_len < state.prefill_end:
             self.prefilling[state] = None
         else:
+            self.prefilling.pop(state, None)
             (self.decoding if state.kv_len < state.last_kv_len else self.ending)[state] = None
 
     def leave(self, state: RequestState) -> None:

@@ -4,7 +4,7 @@ When pages are short, a request is retracted: it gives its memory back and waits
 Knows no clients: who ends is told to `finish`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from hornbeam.config.components import SchedulerOptions
 from hornbeam.core.plan import PageGrant
@@ -153,22 +153,23 @@ class Planner:
     def _plan_chunks(self, step: Step) -> None:
         """Stretches of prompts, up to the budget: begun prompts first, then the queue's head as long as it fits.
 
-        A prompt that would fill the step leaves up to half of it to short ones, so that they need not wait for its end.
+        A prompt that would fill the step leaves up to half of it to short ones, unless it has precedence over them.
         """
         budget, self._reserve = self._prompt_budget(), None
         begun, share = list(self._running.prefilling), budget // 2
         if begun and _num_left(begun[0]) > budget and share >= self._memory.unit:
-            short = (
-                min(self._memory.chunk_size, _num_left(begun[0])) // 2
-            )  # those that are alike gain nothing by sharing
-            quick = [state for state in begun[1:] if _num_left(state) <= short]
-            budget -= self._plan_prompts(quick, share, step, most_left=short)
+            budget -= self._plan_prompts(begun[1:], share, step, begun[0])
             begun = [state for state in self._running.prefilling if state.last_step != step.step_id]
         self._plan_prompts(begun, budget, step)
 
-    def _plan_prompts(self, begun: Iterable[RequestState], most: int, step: Step, most_left: int | None = None) -> int:
-        """Next stretches of these prompts, then heads of the queue with at most `most_left` tokens to compute; `most`
-        tokens together. Returns their number."""
+    def _may_share(self, head: RequestState, long: RequestState) -> bool:
+        """Whether the queue's head is short, and `long`, which fills steps, has no precedence over it."""
+        most_left = min(self._memory.chunk_size, _num_left(long)) // 2  # more alike, they gain nothing
+        num_left = len(head.tokens) - self._memory.known_prefix(head)[1]
+        return num_left <= most_left and self._precedence.now(head) <= self._precedence.now(long)
+
+    def _plan_prompts(self, begun: list[RequestState], most: int, step: Step, long: RequestState | None = None) -> int:
+        """Next stretches of `begun`, then heads of the queue, beside `long` short ones; their tokens, up to `most`."""
         budget = most
         for state in begun:
             num_tokens = self._plan_chunk(state, budget, step)
@@ -177,7 +178,7 @@ class Planner:
             budget -= num_tokens
         limit = self._options.max_prefill_tokens
         while budget >= self._memory.unit and most - budget < limit and (head := self._queue.head()) is not None:
-            if most_left is not None and len(head.tokens) - self._memory.known_prefix(head)[1] > most_left:
+            if long is not None and not self._may_share(head, long):
                 break
             ready = head not in self._running.leaving and self._memory.num_free_slots
             num_tokens = self._admit(head, budget, step) if ready else 0
@@ -188,8 +189,7 @@ class Planner:
         return most - budget
 
     def _prompt_budget(self) -> int:
-        """Prompt tokens of the next step. Streams set the pace, unless so many wait that throughput counts, or nobody
-        reads along."""
+        """Prompt tokens of the next step. Streams set the pace, unless many wait (for throughput) or none is read."""
         limit, num_streams = self.pace.max_prompt_tokens, len(self._running.decoding)
         num_waiting = len(self._running.prefilling) + len(self._queue)
         many_wait = num_waiting > max(FEW, num_streams // FEW)

@@ -6,7 +6,7 @@ from hornbeam.bench import ablation
 from hornbeam.bench.ablation import EXTRAS, PARTS
 from hornbeam.bench.workloads import WORKLOADS
 from hornbeam.config.flags import FLAGS
-from hornbeam.core.errors import HornbeamError
+from hornbeam.core.errors import ConfigError, HornbeamError
 from hornbeam.serve.cli import FlagParser
 
 pytestmark = pytest.mark.pure
@@ -46,3 +46,8 @@ def test_a_variant_that_fails_ends_nothing_else(monkeypatch, tmp_path, capsys):
     assert "+100.0%" in text
     results = [json.loads(line) for line in out.read_text().splitlines()]
     assert [result["variant"] for result in results] == ["all on", "without overlap"]
+
+
+def test_workloads_that_show_nothing_of_a_part_are_told():
+    with pytest.raises(ConfigError, match="radix cache: prefix"):
+        ablation.main(["--without", "radix cache", "--workload", "mix", "single"])

@@ -7,7 +7,7 @@ from hornbeam.config.components import CacheOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import BadRequest, ConfigError, Overloaded
 from hornbeam.core.request import Finish, Request
-from hornbeam.scheduler.planning import OutputEstimate
+from hornbeam.scheduler.planning import OutputEstimate, Pace
 from hornbeam.scheduler.scheduler import Scheduler
 
 pytestmark = pytest.mark.pure
@@ -307,3 +307,35 @@ def test_short_prompts_do_not_wait_for_a_long_one(mixes: bool) -> None:
     assert min(len(chunk.token_ids) for _, chunk in chunks if chunk.slot == 0 and not chunk.samples) == 32
     full = [sum(len(chunk.token_ids) for chunk in plan.chunks) for plan in simulation.plans if plan.step_id < done[0]]
     assert all(num_tokens > 64 - 8 for num_tokens in full if num_tokens), "whole pages, else full steps"
+
+
+def test_a_long_prompt_has_half_of_each_step_whatever_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short prompts that take several steps of a steady pace do not get ahead of it."""
+    monkeypatch.setattr(Pace, "max_prompt_tokens", 16)
+    simulation = Simulation(num_pages=2000, chunk=64, slots=40)
+    stream = make("stream", tokens_of(0, 8), 300, ignore_eos=True, streamed=True)
+    requests = [stream, make("long", tokens_of(1, 600), 3)]
+    for request in requests:
+        simulation.submit(request)
+        simulation.step()
+    for i in range(30):
+        if i % 4 == 0:
+            requests.append(make(str(i), tokens_of(2 + i, 30), 40, ignore_eos=True))
+            simulation.submit(requests[-1])
+        simulation.step()
+    shares = [{chunk.slot: len(chunk.token_ids) for chunk in plan.chunks} for plan in simulation.plans[2:]]
+    assert all(share[1] >= 8 for share in shares)
+    assert sum(len(share) > 1 for share in shares) > 20
+    simulation.run()
+    check_outputs(simulation, requests)
+
+
+@pytest.mark.parametrize("priority", [0, 1, 2])
+def test_a_long_prompt_shares_with_none_of_lower_priority(priority: int) -> None:
+    simulation = Simulation(num_pages=2000, chunk=64, priorities=True)
+    simulation.submit(make("long", tokens_of(0, 600), 3, priority=1))
+    simulation.step()
+    simulation.submit(make("short", tokens_of(1, 30), 3, priority=priority))
+    simulation.run()
+    done = {chunk.slot: plan.step_id for plan in simulation.plans for chunk in plan.chunks if chunk.samples}
+    assert (done[1] < done[0]) == (priority >= 1)

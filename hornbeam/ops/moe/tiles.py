@@ -146,5 +146,5 @@ def read_table(path: Path) -> dict[int, Tiles]:
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
-            f"{path} is no table of tiles ({error}); delete it, or run hornbeam tune moe again"
+            f"{path} is no table of tiles ({error}); delete it; hornbeam tune moe makes a new one"
         ) from error
