@@ -261,7 +261,7 @@ FLAGS: tuple[Flag, ...] = (
         name="attention_backend",
         group="device",
         default="auto",
-        help="auto, flashinfer, triton, cpu or reference.",
+        help="triton, flashinfer, native, cpu or reference; auto: the first one that serves the model here.",
     ),
     Flag(name="decode_attention_backend", group="device", help="The same, for decode steps only."),
     Flag(name="prefill_attention_backend", group="device", help="The same, for prompts only."),

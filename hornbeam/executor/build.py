@@ -237,7 +237,7 @@ def _load(
     dummy = checkpoint.format == "dummy"
     try:
         model = family.build(config, context) if dummy or load is None else load(config, context, checkpoint)
-    except (HornbeamError, torch.OutOfMemoryError):
+    except (HornbeamError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # its spec could be imported, but its model is broken
         if _NO_MEMORY in str(error):

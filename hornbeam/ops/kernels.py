@@ -41,7 +41,7 @@ class Kernels:
     norm: Norm
     prefill_attention: AttentionBackend
     qkv: Qkv
-    routing: Routing | None  # likewise
+    routing: Routing | None  # of mixtures; None: the model is dense
     sample: Sample
     single_attention: AttentionBackend
 

@@ -155,13 +155,10 @@ class Probes:
             page_tables=self._integers(1, 2, _MAX_PAGES, dtype=torch.int32),
             page_size=self._query.page_size,
         )
+        integers = {name: self._integers(1) for name in ("slots", "ids", "positions", "decode_slots")}
         lens = self._integers(1, dtype=torch.int32)
         planned = PlannedTokens(num_decode=1, slots=zero, ids=zero[1:], positions=zero[1:], entries=zero, pages=zero)
-        backend.lay_out(
-            planned,
-            tables,
-            StepTokens(slots=+zero, ids=+zero, positions=+zero, cache_rows=zeros, decode_slots=+zero, decode_lens=lens),
-        )
+        backend.lay_out(planned, tables, StepTokens(**integers, cache_rows=zeros, decode_lens=lens))
         self._wait()
 
     def linear(self, backend: LinearProduct) -> None:

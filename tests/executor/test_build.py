@@ -21,6 +21,18 @@ def test_no_memory_left(tiny_checkpoint, monkeypatch, broken, what):
         Engine(**flags)
 
 
+def test_no_memory_left_on_the_host_is_not_the_familys_fault(tiny_checkpoint, monkeypatch):
+    from hornbeam import Engine
+
+    def fail(*arguments):
+        raise MemoryError("Unable to allocate 2.00 GiB")
+
+    monkeypatch.setattr("hornbeam.models.llama.model.LlamaModel.__init__", fail)
+    flags = {"model_path": str(tiny_checkpoint), "skip_tokenizer_init": True, "device": "cpu"}
+    with pytest.raises(ConfigError, match="no memory left for the weights"):
+        Engine(**flags)
+
+
 def test_more_tokens_than_the_machine_can_hold(tiny_checkpoint):
     from hornbeam import Engine
 

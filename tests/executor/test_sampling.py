@@ -11,6 +11,7 @@ from harness import Generated, make_engine, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hornbeam.core.request import LogprobOptions, Request, SamplingParams, TokenLogprobs
+from hornbeam.platforms.cpu import CpuPlatform
 from hornbeam.sampling import logprobs
 
 pytestmark = pytest.mark.cpu
@@ -87,12 +88,26 @@ def flat(entries: list[TokenLogprobs]) -> list[float]:
     return [value for entry in entries for value in (entry.chosen, *(p for _, p in entry.top), *entry.asked)]
 
 
+def spoil_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step uploads lasts no longer than the step, as on devices that read it in memory used again."""
+    latest: list[torch.Tensor] = []
+
+    def upload(self: CpuPlatform, host: torch.Tensor, lane: int) -> torch.Tensor:
+        for tensor in latest:
+            tensor.fill_(-1)
+        latest[:] = [host]
+        return host
+
+    monkeypatch.setattr(CpuPlatform, "upload", upload)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 def test_nothing_depends_on_how_it_is_run(
     checkpoint: Path, alone: dict[str, Generated], flags: dict[str, Any], depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "BLOCK_ROWS", 16)
+    spoil_uploads(monkeypatch)
     engine = make_engine(checkpoint, **flags)
     for retract_after in ((), (), (3, 4, 12, 25)):  # the second time with a warm prefix cache
         for rid, result in run(engine, make_requests(), depth, retract_after).items():

@@ -72,10 +72,10 @@ def test_compiled_steps_change_no_token(wide_checkpoint, wide_reference):
 def test_nothing_is_compiled_in_service(wide_checkpoint, monkeypatch):
     """Prompts and batches of even and odd sizes, alone and mixed, with shared prefixes: a stall for all who stream."""
     from hornbeam import Engine
-    from hornbeam.ops.attention.flashinfer import FlashInferBackend
+    from hornbeam.ops.attention.triton import TritonAttentionBackend
 
     triton = pytest.importorskip("triton")
-    monkeypatch.setattr(FlashInferBackend, "least_shared", 256)
+    monkeypatch.setattr(TritonAttentionBackend, "least_shared", 256)
     compiled = []
     with Engine(model_path=str(wide_checkpoint), dtype="bfloat16", **{**FLAGS, "chunked_prefill_size": 600}) as engine:
         monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **facts: compiled.append(name_of(facts)))

@@ -45,7 +45,8 @@ class Rows:
     lens: Tensor  # [B] int32: tokens in the cache, those of this step included
     len_bounds: Sequence[int]  # B upper bounds of `lens`
     query_lens: Sequence[int]  # B: queries of each row; for decode all the same
-    shared: Sequence[SharedPrefix] | None = None  # prefixes to be read once; None: each row reads all of its own
+    # Prefixes to be read once, for backends that can, by rows with one query each; None: each row reads all of its own.
+    shared: Sequence[SharedPrefix] | None = None
     fresh: bool = False  # `attend` gets the keys and values of the queries' own tokens, too
     captured: bool = False  # `attend` runs inside a graph: its addresses must stay the same
 
@@ -102,7 +103,8 @@ class Attention(Protocol):
     """One instance per lane: two steps may be under way, and one's plan must not overwrite the other's."""
 
     def plan_decode(self, rows: Rows) -> Attend | LatentAttend:
-        """For rows with one query each (or the same small number). Host work and uploads only.
+        """For rows with one query each (or the same small number). Does not wait for the device; what it
+        enqueues there runs once, ahead of all layers.
 
         With `rows.captured`, the result for a given B and given tensors in `rows` is always the same, over the same
         addresses; what these tensors hold when the graph is replayed is what counts.

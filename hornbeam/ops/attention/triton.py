@@ -1,4 +1,4 @@
-"""Paged attention in Triton. Decode of several rows is `balanced`'s; prefill, and decode of one row, are here.
+"""Paged attention in Triton: prefill, and what `balanced` (decode of several rows) and `triton_row` (of one) leave.
 
 The work is cut into tiles: some consecutive queries of a row, with all query heads that share a key-value head. Where
 one row decodes, and in recorded prefill, a tile's keys are split over several programs, so that a few long rows fill
