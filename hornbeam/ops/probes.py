@@ -1,7 +1,7 @@
 """The smallest real use of each op, by which a backend that promises more than it keeps is found out at start.
 
-A probe runs its op once on zeros, with the sizes of the model where kernels are compiled for them, and raises what
-the backend raises. Results are not compared: that is what tests are for.
+A probe runs its op on zeros, in the ways and with the sizes of the model for which kernels are compiled, and raises
+what the backend raises. Results are not compared: that is what tests are for.
 """
 
 from dataclasses import replace

@@ -257,7 +257,7 @@ class Memory:
 
 
 class Running:
-    """The requests that have memory. Those that run are in exactly one of three sets, each in order of admission.
+    """The requests that have memory. Those that run are in exactly one of three sets, each in the order they came in.
 
     One that leaves while steps in flight may still write to its pages keeps them until those steps have been applied.
     """
