@@ -46,6 +46,21 @@ def test_shared_and_own_keys_are_merged(device, heads, num_processors):
         check(shape, attention.plan, groups)
 
 
+@pytest.mark.parametrize("page_size", [1, 8])
+def test_prefixes_over_smaller_pages(device, page_size):
+    from hornbeam.ops.attention.balanced import BalancedDecode
+
+    shape = make_shape(device, torch.float32, 4, 2, 16)
+    case = share(make_case(shape, [330, 400, 321, 339, 500, 350], [1] * 6, captured=True), GROUPS[1])
+    parts = torch.arange(PAGE_SIZE // page_size, dtype=torch.int32, device=device)
+    tables = (case.rows.page_tables[:, :, None] * len(parts) + parts).flatten(1)
+    pages = (tensor.reshape(-1, page_size, 2, 16) for tensor in (case.k_pages, case.v_pages))
+    finer = dataclasses.replace(shape, page_size=page_size, max_pages=tables.shape[1])
+    plan = BalancedDecode(finer, 8, num_processors=4).plan
+    out = plan(dataclasses.replace(case.rows, page_tables=tables))(case.q, *pages)
+    torch.testing.assert_close(out.double(), expected_output(case), **tolerance(shape.dtype))
+
+
 def test_triton_with_shared_prefixes_and_sinks(device, dtype):
     from hornbeam.ops.attention.triton import BACKEND
 
