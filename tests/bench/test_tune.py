@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from hornbeam.ops.moe.contract import ExpertsShape
-from hornbeam.ops.moe.tiles import SHIPPED, Tiles, TileTable, default_tiles, read_table, write_table
+from hornbeam.ops.moe.tiles import (
+    SHIPPED,
+    TableKey,
+    Tiles,
+    TileTable,
+    default_tiles,
+    load_table,
+    read_table,
+    write_table,
+)
 
 pytestmark = pytest.mark.cpu
 CONFIGS = Path(__file__).parents[2] / "hornbeam/bench/configs"
@@ -25,6 +34,20 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_table(tmp_path / "table.json", entries)
     table = TileTable(read_table(tmp_path / "table.json"), num_experts=8, top_k=2)
     assert [table.of(n) for n in (1, 4, 5, 64, 1000)] == [entries[n] for n in (4, 4, 64, 64, 64)]
+
+
+def test_what_was_tuned_here_goes_before_what_is_shipped_size_by_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"num_experts": 128, "intermediate_size": 768, "hidden_size": 2048, "top_k": 8}
+    key = TableKey(**sizes, device="NVIDIA H200", dtype="bfloat16")
+    shipped = read_table(SHIPPED / key.file_name)
+    monkeypatch.setenv("HORNBEAM_CACHE_DIR", str(tmp_path))
+    own = default_tiles(1)
+    write_table(tmp_path / "tiles" / key.file_name, {64: own})
+    table = load_table.__wrapped__(key)
+    assert shipped[64] != own
+    assert {size: table.of(size) for size in shipped} == shipped | {64: own}
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)

@@ -1,7 +1,8 @@
 """How the grouped products are cut into tiles: from a table that a search on the device has written, or by a rule.
 
-A table is one JSON file per kernel, shape, device and dtype: for numbers of tokens, the best tiles. It is looked for
-in the cache folder, where `hornbeam tune moe` puts it, then among those that come with the package.
+A table is one JSON file per kernel, shape, device and dtype: for numbers of tokens, the best tiles. What
+`hornbeam tune moe` has put into the cache folder goes before what comes with the package, size by size, since a search
+may have been cut off.
 """
 
 import json
@@ -100,20 +101,21 @@ def load_table(key: TableKey) -> TileTable:
     Raises:
         ConfigError: the file is there, but is not such a table.
     """
-    for folder in (tuned_folder(), SHIPPED):
-        path = folder / key.file_name
-        if path.exists():
-            return TileTable(read_table(path), key.num_experts, key.top_k)
-    logger.warning(
-        "no tuned tiles for %d experts of %d x %d on %s: products may be slow; hornbeam tune moe --model-path ...%s "
-        "searches them",
-        key.num_experts,
-        key.hidden_size,
-        key.intermediate_size,
-        key.device,
-        " --dtype float16" if key.dtype == "float16" else "",
-    )
-    return TileTable({}, key.num_experts, key.top_k)
+    paths = [folder / key.file_name for folder in (SHIPPED, tuned_folder())]
+    entries: dict[int, Tiles] = {}
+    for path in filter(Path.exists, paths):
+        entries |= read_table(path)
+    if not entries:
+        logger.warning(
+            "no tuned tiles for %d experts of %d x %d on %s: products may be slow; "
+            "hornbeam tune moe --model-path ...%s searches them",
+            key.num_experts,
+            key.hidden_size,
+            key.intermediate_size,
+            key.device,
+            " --dtype float16" if key.dtype == "float16" else "",
+        )
+    return TileTable(entries, key.num_experts, key.top_k)
 
 
 def tuned_folder() -> Path:
