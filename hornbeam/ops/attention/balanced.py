@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hornbeam.ops.attention.cascade import Cascade
+from hornbeam.ops.attention.cascade import SHARE_FIELDS, TILE_FIELDS, Cascade
 from hornbeam.ops.attention.contract import Attend, AttentionShape, Fresh, Rows
 from hornbeam.ops.attention.paged_keys import BLOCK_KEYS, LOG2_E, add_block, finish
 from hornbeam.ops.launch import early_launch
@@ -78,17 +78,17 @@ def _list_kernel(
     if WINDOW:
         first_keys = tl.maximum(lens - NUM_QUERIES - WINDOW + 1, 0) // PIECE * PIECE
     if HAS_SHARED:
-        first_keys = tl.load(shares_ptr + 3 * all_rows, mask=all_rows < num_rows, other=0) * PAGE_SIZE
+        first_keys = tl.load(shares_ptr + SHARE_FIELDS * all_rows, mask=all_rows < num_rows, other=0) * PAGE_SIZE
     blocks_of = tl.maximum(tl.cdiv(lens - first_keys, BLOCK_KEYS), 1)  # one even of nothing: its zeros are written
     begin = tl.sum(tl.where(all_rows < row, blocks_of, 0))
     num_blocks = tl.sum(tl.where(all_rows == row, blocks_of, 0))
     first_key = tl.sum(tl.where(all_rows == row, first_keys, 0))
     end_key = tl.load(lens_ptr + row)
     slot = tl.load(slots_ptr + row)
-    tile = tl.load(shares_ptr + 3 * row + 1) if HAS_SHARED else 0
+    tile = tl.load(shares_ptr + SHARE_FIELDS * row + 1) if HAS_SHARED else 0
     if HAS_SHARED:  # a tile reads the pages of its first row
-        is_first = (tile > 0) & (tl.load(shares_ptr + 3 * row + 2) == 0)
-        tl.store(tiles_ptr + 6 * (tile - 1) + 3, slot.to(tl.int32), mask=is_first)
+        is_first = (tile > 0) & (tl.load(shares_ptr + SHARE_FIELDS * row + 2) == 0)
+        tl.store(tiles_ptr + TILE_FIELDS * (tile - 1) + 3, slot.to(tl.int32), mask=is_first)
     tl.store(rows_ptr + _ROW_FIELDS * row, begin)
     tl.store(rows_ptr + _ROW_FIELDS * row + 1, begin + num_blocks)
     tl.store(rows_ptr + _ROW_FIELDS * row + 2, first_key)
@@ -304,10 +304,10 @@ def _merge_kernel(
                     total,
                     shared_parts_ptr,
                     shared_lse_ptr,
-                    tiles_ptr + 6 * tile,
+                    tiles_ptr + TILE_FIELDS * tile,
                     tl.load(tile_strips_ptr),
                     tile,
-                    kv_head * SHARED_BLOCK + tl.load(shares_ptr + 3 * row + 2) * GROUP + head % GROUP,
+                    kv_head * SHARED_BLOCK + tl.load(shares_ptr + SHARE_FIELDS * row + 2) * GROUP + head % GROUP,
                     NUM_KV_HEADS * SHARED_BLOCK,
                     HEAD_DIM,
                     BLOCK_PARTS,

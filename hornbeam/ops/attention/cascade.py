@@ -20,7 +20,9 @@ from hornbeam.ops.launch import early_launch
 
 _PROGRAMS = 2  # per multiprocessor
 _BLOCK_QUERIES = 64  # packed queries of a tile: rows times the heads of a group
-_TILE_FIELDS = 6
+# Of the lists that `balanced` reads, too.
+TILE_FIELDS: tl.constexpr = tl.constexpr(6)
+SHARE_FIELDS: tl.constexpr = tl.constexpr(3)
 
 
 # Lists begin within one buffer: specialised on alignment, the kernel would be compiled more than once.
@@ -64,12 +66,12 @@ def _shared_kernel(
     place, head = packed // GROUP, kv_head * GROUP + packed % GROUP
     dims = tl.arange(0, HEAD_DIM)
     while position < stop:
-        begin = tl.load(tiles_ptr + 6 * tile)
-        until = tl.minimum(stop, tl.load(tiles_ptr + 6 * tile + 1))
-        num_keys = tl.load(tiles_ptr + 6 * tile + 2)
-        slot = tl.load(tiles_ptr + 6 * tile + 3)
-        first_member = tl.load(tiles_ptr + 6 * tile + 4)
-        valid = place < tl.load(tiles_ptr + 6 * tile + 5)
+        begin = tl.load(tiles_ptr + TILE_FIELDS * tile)
+        until = tl.minimum(stop, tl.load(tiles_ptr + TILE_FIELDS * tile + 1))
+        num_keys = tl.load(tiles_ptr + TILE_FIELDS * tile + 2)
+        slot = tl.load(tiles_ptr + TILE_FIELDS * tile + 3)
+        first_member = tl.load(tiles_ptr + TILE_FIELDS * tile + 4)
+        valid = place < tl.load(tiles_ptr + TILE_FIELDS * tile + 5)
         row = tl.load(members_ptr + first_member + place, mask=valid, other=0).to(tl.int64)
         q = tl.load(
             q_ptr + row[:, None] * q_stride + head[:, None] * q_head_stride + dims[None, :],
@@ -122,7 +124,12 @@ class Cascade:
         self._shared: Sequence[SharedPrefix] = ()
         # A tile for every two rows, and one more for every full one.
         most_tiles = max_rows // 2 + max_rows // self._tile_rows
-        self._sizes = (_TILE_FIELDS * most_tiles, 1 + 2 * self._num_strips, 3 * max_rows, max_rows)
+        self._sizes = (
+            TILE_FIELDS.value * most_tiles,
+            1 + 2 * self._num_strips,
+            SHARE_FIELDS.value * max_rows,
+            max_rows,
+        )
         self._lists = torch.zeros(sum(self._sizes), dtype=torch.int32, device=shape.device)
         self.tiles, self.strips, self.shares, self._members = self._lists.split(self._sizes)
         parts = (most_tiles + self._num_strips, shape.num_kv_heads, self.block)
@@ -136,8 +143,8 @@ class Cascade:
         self._shared = shared
         lists = np.zeros(len(self._lists), dtype=np.int32)
         tiles, strips, shares, members = np.split(lists, np.cumsum(self._sizes)[:-1])
-        tiles = tiles.reshape(-1, _TILE_FIELDS)
-        num_tiles = self._list_tiles(shared, tiles, shares.reshape(-1, 3), members)
+        tiles = tiles.reshape(-1, TILE_FIELDS.value)
+        num_tiles = self._list_tiles(shared, tiles, shares.reshape(-1, SHARE_FIELDS.value), members)
         _cut(tiles[:num_tiles, 1], strips)
         host = torch.from_numpy(lists)
         self._lists.copy_(host.pin_memory() if self._lists.is_cuda else host, non_blocking=True)

@@ -11,17 +11,21 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def to_base_2(scores, scale, SOFT_CAP: tl.constexpr):
+    """Dot products of queries and keys as scores whose exponentials are powers of two. SOFT_CAP: 0 for none."""
+    if SOFT_CAP != 0.0:  # tanh(x) = 2 sigmoid(2 x) - 1
+        return (2 * tl.sigmoid(scores * (2 * scale / SOFT_CAP)) - 1) * (SOFT_CAP * LOG2_E)
+    return scores * (scale * LOG2_E)
+
+
+@triton.jit
 def add_block(scores, seen, v, accumulator, maximum, total, scale, SOFT_CAP: tl.constexpr):
     """Add the values [K, D] of a block of keys, whose products with N queries are `scores` [N, K], where `seen`.
 
     maximum, total: [N], of the scores so far, to base 2: their maximum, and the sum of exponentials relative to it.
-    SOFT_CAP: 0 for none. Returns accumulator [N, D], maximum and total anew.
+    Returns accumulator [N, D], maximum and total anew.
     """
-    if SOFT_CAP != 0.0:  # tanh(x) = 2 sigmoid(2 x) - 1
-        scores = (2 * tl.sigmoid(scores * (2 * scale / SOFT_CAP)) - 1) * (SOFT_CAP * LOG2_E)
-    else:
-        scores *= scale * LOG2_E
-    scores = tl.where(seen, scores, -float("inf"))
+    scores = tl.where(seen, to_base_2(scores, scale, SOFT_CAP), -float("inf"))
     higher = tl.maximum(maximum, tl.max(scores, 1))
     reference = tl.where(higher == -float("inf"), 0.0, higher)
     weights = tl.exp2(scores - reference[:, None])

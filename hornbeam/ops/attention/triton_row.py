@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.attention.contract import AttentionShape, Rows
+from hornbeam.ops.attention.paged_keys import LOG2_E, to_base_2
 from hornbeam.ops.launch import early_launch
 from hornbeam.ops.qkv.contract import HeadNorms, Rotation
 from hornbeam.ops.qkv.triton import normalised
@@ -49,14 +50,6 @@ def _prepared(
 
 
 @triton.jit
-def _scaled(scores, scale, SOFT_CAP: tl.constexpr):
-    """Of dot products, to base 2."""
-    if SOFT_CAP != 0.0:  # tanh(x) = 2 sigmoid(2 x) - 1
-        return (2 * tl.sigmoid(scores * (2 * scale / SOFT_CAP)) - 1) * (SOFT_CAP * 1.4426950408889634)
-    return scores * (scale * 1.4426950408889634)
-
-
-@triton.jit
 def _load_block(
     k_ptr,
     v_ptr,
@@ -88,7 +81,7 @@ def _attend_block(
     """Add a block of keys to what the queries have seen before."""
     scores = tl.dot(q_first, k_first, input_precision="ieee")
     scores = tl.dot(q_second, k_second, scores, input_precision="ieee")
-    scores = tl.where((keys < end)[None, :], _scaled(scores, scale, SOFT_CAP), -float("inf"))
+    scores = tl.where((keys < end)[None, :], to_base_2(scores, scale, SOFT_CAP), -float("inf"))
     higher = tl.maximum(maximum, tl.max(scores, 1))
     reference = tl.where(higher == -float("inf"), 0.0, higher)
     weights = tl.exp2(scores - reference[:, None])
@@ -181,11 +174,11 @@ def _row_attend_kernel(
         tl.store(k_pages_ptr + cell + HALF + half, new_second)
         tl.store(v_pages_ptr + cell + dims, value)
         scores = q_first.to(tl.float32) * new_first.to(tl.float32) + q_second.to(tl.float32) * new_second.to(tl.float32)
-        maximum = _scaled(tl.sum(scores, 1), scale, SOFT_CAP)
+        maximum = to_base_2(tl.sum(scores, 1), scale, SOFT_CAP)
         total += 1.0
         accumulator += value.to(tl.float32)[None, :]
         if HAS_SINKS:  # as if it had seen a key with that score and a value of zeros
-            sinks = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
+            sinks = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
             total += tl.exp2(sinks - maximum)
     for block in range(begin, end, BLOCK_KEYS):
         next_first, next_second, next_v = _load_block(
