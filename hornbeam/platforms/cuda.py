@@ -112,7 +112,7 @@ class CudaPlatform:
     def upload(self, host: Tensor, lane: int) -> Tensor:
         """See `Platform`. Kernels read the host's pinned memory: a copy would keep those behind it waiting."""
         if lane not in self._staging or self._staging[lane].num_bytes < host.nbytes:
-            self._staging[lane] = _Staging(1 << max(host.nbytes - 1, _LEAST_STAGING).bit_length(), self.device)
+            self._staging[lane] = _Staging(1 << (max(host.nbytes, _LEAST_STAGING) - 1).bit_length(), self.device)
         return self._staging[lane].put(host)
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
