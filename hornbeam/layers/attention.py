@@ -75,34 +75,18 @@ class Attention(nn.Module):
         if whole and isinstance(step.decode, StoringAttend) and step.prefill is None:
             return step.decode.run(q, k, v, norms, rotation, step.rows, k_pages, v_pages, sinks)
         self._qkv.store(q, k, v, norms, rotation, k_pages, v_pages, step.rows)
-        return attend_step(fwd, cache.group, q, (k, v), (k_pages, v_pages), sinks)
-
-
-def attend_step(
-    fwd: Forward,
-    group: int,
-    q: Tensor,
-    fresh: tuple[Tensor, Tensor],
-    pages: tuple[Tensor, Tensor],
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attention of all tokens of a step, those that decode and those of chunks: q [T, Hq, D] -> [T, Hq, Dv].
-
-    fresh: keys and values of the tokens themselves [T, Hk, D]; pages: those of the cache, see `Attend`.
-    """
-    n, (k, v) = fwd.num_decode, fresh
-    step, outputs = fwd.groups[group], []
-    assert not isinstance(step.decode, LatentAttend)
-    assert not isinstance(step.prefill, LatentAttend)
-    if step.decode is not None:
-        outputs.append(step.decode(q[:n], *pages, sinks))
-    if step.prefill is not None:
-        outputs.append(step.prefill(q[n if fwd.decodes is None else 0 :], *pages, sinks, (k[n:], v[n:])))
-    if fwd.decodes is not None:
-        decoded, out = outputs
-        torch.where(fwd.decodes[:, None, None], decoded, out[:n], out=out[:n])
+        assert not isinstance(step.decode, LatentAttend)
+        assert not isinstance(step.prefill, LatentAttend)
+        n, out = fwd.num_decode, q.new_empty(q.shape)
+        if step.prefill is not None:
+            first = n if fwd.decodes is None else 0
+            step.prefill(q[first:], k_pages, v_pages, sinks, (k[n:], v[n:]), out[first:])
+        if step.decode is not None and fwd.decodes is None:
+            step.decode(q[:n], k_pages, v_pages, sinks, None, out[:n])
+        elif step.decode is not None and fwd.decodes is not None:
+            decoded = step.decode(q[:n], k_pages, v_pages, sinks)
+            torch.where(fwd.decodes[:, None, None], decoded, out[:n], out=out[:n])
         return out
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def wanted_rows(x: Tensor, layer: int, fwd: Forward) -> Tensor:

@@ -58,9 +58,9 @@ class Recordable:
         self._plans[key] = rows
         return self._attends.setdefault(key, lambda q, *pages: self._attend(self._plans[key], q, *pages))
 
-    def _attend(self, rows, q, k_pages, v_pages, sinks, fresh=None):
+    def _attend(self, rows, q, k_pages, v_pages, sinks, fresh=None, out=None):
         used = [row for row, bound in enumerate(rows.len_bounds) if bound and rows.query_lens[row]]
-        out = torch.zeros_like(q)
+        out = torch.zeros_like(q) if out is None else out.zero_()
         if used:
             begins = torch.tensor([0, *rows.query_lens]).cumsum(0).tolist()
             places = torch.cat([torch.arange(begins[row], begins[row + 1]) for row in used])

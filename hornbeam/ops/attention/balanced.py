@@ -389,15 +389,15 @@ class BalancedDecode:
         v_pages: Tensor,
         sinks: Tensor | None = None,
         fresh: Fresh | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         assert q.stride(2) == 1
         shape, num_rows = self._shape, len(q) // num_queries
         packed = num_queries * shape.num_heads // shape.num_kv_heads
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(
-            (num_rows + self._num_strips, shape.num_kv_heads, packed), dtype=torch.float32, device=q.device
-        )
-        parts = torch.empty((*lse.shape, shape.head_dim), dtype=torch.float32, device=q.device)
+        out = q.new_empty(q.shape) if out is None else out
+        sizes = num_rows + self._num_strips, shape.num_kv_heads, packed
+        lse = torch.empty(sizes, dtype=torch.float32, device=q.device)
+        parts = torch.empty((*sizes, shape.head_dim), dtype=torch.float32, device=q.device)
         _decode_kernel[(self._num_strips * shape.num_kv_heads,)](
             q,
             k_pages,

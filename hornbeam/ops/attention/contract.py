@@ -7,7 +7,7 @@ last j tokens (causal). Keys and values of the whole step are written before any
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,12 +58,19 @@ class Attend(Protocol):
     """A planned attention; valid until the same lane plans again."""
 
     def __call__(
-        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        sinks: Tensor | None = None,
+        fresh: Fresh | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """q [T, Hq, D] over k_pages and v_pages [P, S, Hk, D] -> [T, Hq, D].
 
         sinks: [Hq], of a model that has them (`OpQuery.sinks`): a score of each head that takes its part of the
-        softmax, and adds nothing to the sum. fresh: needed if `Rows.fresh` was set.
+        softmax, and adds nothing to the sum. fresh: needed if `Rows.fresh` was set. out: [T, Hq, D], contiguous, where
+        the result goes; None: into new memory.
         """
 
 
@@ -80,11 +87,9 @@ class StoringAttend:
         [Tensor, Tensor, Tensor, HeadNorms | None, Rotation | None, Tensor, Tensor, Tensor, Tensor | None], Tensor
     ]
 
-    def __call__(
-        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
-    ) -> Tensor:
+    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
         """See `Attend`."""
-        return self.attend(q, k_pages, v_pages, sinks, fresh)
+        return self.attend(*arguments, **named)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

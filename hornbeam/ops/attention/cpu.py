@@ -140,18 +140,26 @@ class _CpuAttend:
         self._prefixes = prefixes
 
     def __call__(
-        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        sinks: Tensor | None = None,
+        fresh: Fresh | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """See `Attend`."""
         parts = [self._run(batch, q, k_pages, v_pages) for batch in self._batches]
         outs, sums = [out for out, _ in parts], [sums for _, sums in parts]
-        out, lse = (x[0] if self._order is None else torch.cat(x)[self._order] for x in (outs, sums))
+        result, lse = (x[0] if self._order is None else torch.cat(x)[self._order] for x in (outs, sums))
         for prefix in self._prefixes:
             part, part_lse = self._run_prefix(prefix, q, k_pages, v_pages)
-            own, own_lse = out[prefix.rows], lse[prefix.rows]
-            out[prefix.rows] = torch.lerp(own, part, torch.sigmoid(part_lse - own_lse).unsqueeze(-1))
+            own, own_lse = result[prefix.rows], lse[prefix.rows]
+            result[prefix.rows] = torch.lerp(own, part, torch.sigmoid(part_lse - own_lse).unsqueeze(-1))
             lse[prefix.rows] = torch.logaddexp(own_lse, part_lse)
-        return out if sinks is None else out * torch.sigmoid(lse - sinks).unsqueeze(-1)
+        if sinks is not None:
+            result = result * torch.sigmoid(lse - sinks).unsqueeze(-1)
+        return result if out is None else out.copy_(result)
 
     def _run(self, batch: _Batch, q: Tensor, k_pages: Tensor, v_pages: Tensor) -> tuple[Tensor, Tensor]:
         """Results [T', Hq, D] and log-sum-exps [T', Hq] of a batch's queries."""

@@ -149,10 +149,15 @@ class FlashInferAttention:
         )
 
         def attend(
-            q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+            q: Tensor,
+            k_pages: Tensor,
+            v_pages: Tensor,
+            sinks: Tensor | None = None,
+            fresh: Fresh | None = None,
+            out: Tensor | None = None,
         ) -> Tensor:
             assert fresh is not None, "planned for keys and values that are given"
-            result: Tensor = self._prompts.run(q, *fresh)
+            result: Tensor = self._prompts.run(q, *fresh, out=out)
             return result
 
         return attend
@@ -171,14 +176,7 @@ class FlashInferAttention:
         )
         # Its own buffers of 8 MiB go back: a lane plans one step at a time, so all its wrappers can share a small one.
         wrapper.reset_workspace_buffer(self._scratch, self._plan_buffer)
-
-        def attend(
-            q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
-        ) -> Tensor:
-            result: Tensor = wrapper.run(q, (k_pages, v_pages))
-            return result
-
-        return wrapper, attend
+        return wrapper, _attend_pages(wrapper)
 
     def _make_captured_prefill(
         self, num_queries: int, num_rows: int
@@ -201,13 +199,19 @@ class FlashInferAttention:
         return wrapper, _attend_pages(wrapper)
 
 
-def _attend_pages(wrapper: BatchPrefillWithPagedKVCacheWrapper) -> Attend:
+def _attend_pages(wrapper: BatchPrefillWithPagedKVCacheWrapper | BatchDecodeWithPagedKVCacheWrapper) -> Attend:
     """What `wrapper` has planned, or will have when a graph is replayed."""
 
     def attend(
-        q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        sinks: Tensor | None = None,
+        fresh: Fresh | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        # Without one to write to, prefill would fill it with zeros.
+        out = q.new_empty(q.shape) if out is None else out
         result: Tensor = wrapper.run(q, (k_pages, v_pages), out=out)
         return result
 

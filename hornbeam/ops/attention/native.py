@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows
@@ -129,12 +128,18 @@ class _NativeAttend:
         )
 
     def __call__(
-        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        sinks: Tensor | None = None,
+        fresh: Fresh | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """See `Attend`."""
         if q.stride()[1:] != (q.shape[2], 1):
             q = q.contiguous()
-        out = torch.empty(q.shape)
+        out = q.new_empty(q.shape) if out is None else out
         sinks_address = None if sinks is None else sinks.data_ptr()
         pages = k_pages.data_ptr(), v_pages.data_ptr()
         self._attend(ctypes.addressof(self._plan), q.data_ptr(), q.stride(0), *pages, sinks_address, out.data_ptr())

@@ -40,10 +40,15 @@ class ReferenceAttention:
         keys = [self._keys(rows.page_tables[slot], num_queries, length) for slot, num_queries, length in numbers]
 
         def attend(
-            q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+            q: Tensor,
+            k_pages: Tensor,
+            v_pages: Tensor,
+            sinks: Tensor | None = None,
+            fresh: Fresh | None = None,
+            out: Tensor | None = None,
         ) -> Tensor:
             parts = zip(q.split(query_lens), keys, strict=True)
-            return torch.cat([self._attend(*part, k_pages, v_pages, sinks) for part in parts])
+            return torch.cat([self._attend(*part, k_pages, v_pages, sinks) for part in parts], out=out)
 
         return attend
 

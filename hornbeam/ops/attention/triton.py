@@ -210,18 +210,23 @@ class TritonAttention:
             num_stages = 2 if is_single else 3  # little code, since one row is over before much could be fetched
 
         def attend(
-            q: Tensor, k_pages: Tensor, v_pages: Tensor, sinks: Tensor | None = None, fresh: Fresh | None = None
+            q: Tensor,
+            k_pages: Tensor,
+            v_pages: Tensor,
+            sinks: Tensor | None = None,
+            fresh: Fresh | None = None,
+            out: Tensor | None = None,
         ) -> Tensor:
             assert q.stride(2) == 1
-            out = lse = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            out = parts = lse = q.new_empty(q.shape) if out is None else out
             if num_splits > 1:
                 lse = torch.empty((*q.shape[:2], num_splits), dtype=torch.float32, device=q.device)
-                out = torch.empty((*lse.shape, shape.head_dim), dtype=torch.float32, device=q.device)
+                parts = torch.empty((*lse.shape, shape.head_dim), dtype=torch.float32, device=q.device)
             _attend_kernel[(len(tiles), shape.num_kv_heads, num_splits)](
                 q,
                 k_pages,
                 v_pages,
-                out,
+                parts,
                 lse,
                 rows.page_tables,
                 rows.slots,
@@ -246,18 +251,17 @@ class TritonAttention:
                 num_warps=8 if is_single else 4,
                 **early,
             )
-            return merge_parts(out, lse, q.dtype) if num_splits > 1 else out
+            return merge_parts(parts, lse, out) if num_splits > 1 else out
 
         return attend
 
 
-def merge_parts(parts: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """Parts [T, Hq, splits, D] float32 of attention and their log-sum-exps [T, Hq, splits] to base 2 -> [T, Hq, D].
+def merge_parts(parts: Tensor, lse: Tensor, out: Tensor) -> Tensor:
+    """Merge parts [T, Hq, splits, D] float32 of attention by their log-sum-exps [T, Hq, splits] to base 2.
 
-    Both numbers, of splits and of features, are powers of two.
+    The result goes to `out` [T, Hq, D], which is returned. Both numbers, of splits and of features, are powers of two.
     """
     num_tokens, num_heads, num_splits, head_dim = parts.shape
-    out = torch.empty((num_tokens, num_heads, head_dim), dtype=dtype, device=parts.device)
     _merge_kernel[(num_tokens * num_heads,)](
         parts,
         lse,

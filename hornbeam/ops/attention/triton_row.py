@@ -26,7 +26,7 @@ _MAX_SPLITS = 32
 _PROGRAMS = 256  # about two per multiprocessor
 _WARPS = 8
 
-MergeParts = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+MergeParts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @triton.jit
@@ -268,4 +268,4 @@ def _run(
         num_stages=1,
         **early_launch(q.device),
     )
-    return merge_parts(parts, lse, q.dtype)
+    return merge_parts(parts, lse, q.new_empty(q.shape))

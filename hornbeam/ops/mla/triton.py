@@ -230,14 +230,14 @@ class TritonLatentAttention:
         def run(q: Tensor, row: Tensor, pages: Tensor, up: Tensor) -> Tensor:
             assert q.is_contiguous()
             assert pages.is_contiguous()
-            out = lse = q.new_empty(*q.shape[:2], sizes.rank)
+            out = parts = lse = q.new_empty(*q.shape[:2], sizes.rank)
             if num_splits > 1:
                 lse = torch.empty((*q.shape[:2], num_splits), dtype=torch.float32, device=q.device)
-                out = torch.empty((*lse.shape, sizes.rank), dtype=torch.float32, device=q.device)
+                parts = torch.empty((*lse.shape, sizes.rank), dtype=torch.float32, device=q.device)
             _attend_kernel[grid](
                 q,
                 pages,
-                out,
+                parts,
                 lse,
                 rows.page_tables,
                 rows.slots,
@@ -259,9 +259,9 @@ class TritonLatentAttention:
                 **early,
             )
             if num_splits > 1 and len(q) <= _FUSED_TOKENS:
-                return self._values(out, lse, up)
+                return self._values(parts, lse, up)
             if num_splits > 1:
-                out = merge_parts(out, lse, q.dtype)
+                merge_parts(parts, lse, out)
             return values_of(out, up, shape)
 
         return LatentAttend(absorbed=True, run=run)
