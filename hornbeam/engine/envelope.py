@@ -97,7 +97,7 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
 
 
 class Pulse(msgspec.Struct, frozen=True, tag=True):
-    """The loop lives, though a long step keeps it from telling anything else."""
+    """The loop lives, though it has had nothing else to tell for a while."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

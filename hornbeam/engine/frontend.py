@@ -216,7 +216,9 @@ class Frontend:
             seen.add(rid)
 
     def _engine_request(self, key: str, prompt_ids: tuple[int, ...], request: GenerationRequest) -> Request:
-        sampling = request.sampling
+        sampling, priority = request.sampling, request.priority
+        if priority is None:
+            priority = self.facts.facts.get("default_priority_value", 0)
         if self.tokenizer is not None and not sampling.ignore_eos:
             # The tokenizer may know an end (of a chat turn) that the model's config, all the engine sees, does not.
             stop_token_ids = tuple(self.tokenizer.eos_ids.union(sampling.stop_token_ids))
@@ -226,11 +228,10 @@ class Frontend:
             prompt_ids=prompt_ids,
             sampling=sampling,
             namespace=request.namespace,
-            priority=self.facts.facts.get("default_priority_value", 0)
-            if request.priority is None
-            else request.priority,
+            priority=priority,
             routing_key=request.routing_key,
             streamed=request.stream_interval is not None,
+            told_each_step=request.stream_interval is not None or request.text_options.stops,
             logprobs=request.logprobs,
         )
 

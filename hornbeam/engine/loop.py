@@ -126,8 +126,7 @@ class EngineLoop:
                 raise RuntimeError(
                     f"step {step_id} has not ended within {self._options.watchdog_timeout:g} s (--watchdog-timeout)"
                 )
-            if now - self._last_sent > PULSE_INTERVAL:
-                self._send(Pulse())
+            self._pulse(now)
             if self._obey(timeout=0) and len(self._steps) < self._depth:
                 return
         self._steps.popleft()
@@ -143,6 +142,7 @@ class EngineLoop:
         self._seconds["steps"] += self._step_done - begun
         self._scheduler.apply(result, self._step_done - begun)
         self._publish()
+        self._pulse(self._step_done)
         self._seconds["results"] += time.monotonic() - self._step_done
         if self._profiling.active:
             self._profiling.step_done()
@@ -230,6 +230,11 @@ class EngineLoop:
             logger.exception("the accounting of the cache is broken; please report this")
             if self._options.strict_checks:
                 raise
+
+    def _pulse(self, now: float) -> None:
+        """Steps may go on for long without news."""
+        if now - self._last_sent > PULSE_INTERVAL:
+            self._send(Pulse())
 
     def _send(self, event: Event) -> None:
         self._link.send(event)

@@ -82,6 +82,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 class Stream:
     """The deltas of all requests of one submission, in order of time. Iterate it in the loop that submitted.
 
+    A reader that is slower than the engine gets more tokens per delta: what has come until it reads is one.
+
     Iteration raises BadRequest, Overloaded, EngineDead or HornbeamError if the engine refused or lost a request.
 
     Args:
@@ -91,7 +93,7 @@ class Stream:
     def __init__(self, abort: Callable[[Sequence["InFlight"]], None]) -> None:
         self.requests: list[InFlight] = []
         self._abort = abort
-        self._news: deque[Delta | HornbeamError] = deque()
+        self._news: deque[InFlight | HornbeamError] = deque()  # those that have a delta
         self._reader: asyncio.Future[None] | None = None  # waits for news
         self._num_read = 0  # requests whose last delta was read
 
@@ -100,8 +102,8 @@ class Stream:
         """The requests' ids, as their client knows them."""
         return [request.rid for request in self.requests]
 
-    def put(self, news: Delta | HornbeamError) -> None:
-        """Hand news to the reader."""
+    def put(self, news: "InFlight | HornbeamError") -> None:
+        """Let the reader know of a request's delta, or of what went wrong."""
         self._news.append(news)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
@@ -119,8 +121,9 @@ class Stream:
         if isinstance(news, HornbeamError):
             self.close()
             raise news
-        self._num_read += news.finish is not None
-        return news
+        delta = news.take()
+        self._num_read += delta.finish is not None
+        return delta
 
     async def last(self) -> list[Delta]:
         """The one delta of each request, in their order, when all were submitted without `stream_interval`."""
@@ -158,7 +161,10 @@ class InFlight:
         # Ids become text when they come, if somebody waits for it or it may end the request; else once, at the end.
         self._feeds = session is not None and (self._interval is not None or request.text_options.stops)
         self._num_generated = self._num_told = 0
+        self._waits = False  # a delta, to be read
+        self._latest = RequestOutput(rid=key)
         # What the next delta will hold:
+        self._finish: Finish | None = None
         self._text = ""
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -166,6 +172,7 @@ class InFlight:
 
     def push(self, output: RequestOutput) -> int | None:
         """Take news. If a stop string ends the request while the engine still runs it: the tokens to keep."""
+        self._latest = output
         self._num_generated = output.num_generated
         self._token_ids += output.token_ids
         self._logprobs += output.logprobs
@@ -176,10 +183,35 @@ class InFlight:
             return None
         if self._feeds or finish is not None:
             finish = self._feed(output.token_ids if self._feeds else tuple(self._token_ids), finish)
-        if finish is not None or self._is_due():
-            self._tell(output, finish)
+        self._finish = finish
         self.done = finish is not None
+        if not self._waits and (self.done or self._is_due()):
+            self._waits = True
+            self._stream.put(self)
         return self._num_generated if self.done and output.finish is None else None
+
+    def take(self) -> Delta:
+        """What has come since the last delta."""
+        latest = self._latest
+        delta = Delta(
+            index=self._index,
+            text=self._text,
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            input_logprobs=tuple(self._input_logprobs),
+            finish=self._finish,
+            num_prompt=latest.num_prompt,
+            num_cached=latest.num_cached,
+            num_generated=self._num_generated,
+            num_retractions=latest.num_retractions,
+        )
+        self._waits = False
+        self._num_told = self._num_generated
+        self._text = ""
+        self._token_ids.clear()
+        self._logprobs.clear()
+        self._input_logprobs.clear()
+        return delta
 
     def fail(self, error: HornbeamError) -> None:
         """The request is lost."""
@@ -206,27 +238,6 @@ class InFlight:
         if self._interval is None or self._num_generated == self._num_told:
             return False
         return self._num_told == 0 or self._num_generated - self._num_told >= self._interval
-
-    def _tell(self, output: RequestOutput, finish: Finish | None) -> None:
-        self._stream.put(
-            Delta(
-                index=self._index,
-                text=self._text,
-                token_ids=tuple(self._token_ids),
-                logprobs=tuple(self._logprobs),
-                input_logprobs=tuple(self._input_logprobs),
-                finish=finish,
-                num_prompt=output.num_prompt,
-                num_cached=output.num_cached,
-                num_generated=self._num_generated,
-                num_retractions=output.num_retractions,
-            )
-        )
-        self._num_told = self._num_generated
-        self._text = ""
-        self._token_ids.clear()
-        self._logprobs.clear()
-        self._input_logprobs.clear()
 
 
 def _error(finish: Finish) -> HornbeamError:

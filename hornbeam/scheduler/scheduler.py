@@ -240,7 +240,7 @@ class Scheduler:
         return True
 
     def drain(self) -> list[RequestOutput]:
-        """The news since the last call, one output per request that has any."""
+        """The news since the last call, one output per request that has any to tell (see `Request.told_each_step`)."""
         outputs = [state.output() for state in self._news]
         self._news.clear()
         return outputs
@@ -294,10 +294,11 @@ class Scheduler:
             if state.status is Status.FINISHED:
                 continue  # found out late: another step was already on its way
             self._total_generated += len(token_ids)
-            self._news[state] = None
             finish = state.accept(token_ids, entries)
             if finish is not None:
                 self._finish(state, finish)
+            elif state.request.told_each_step or not state.num_reported:
+                self._news[state] = None
         for state in step.silent:
             if state.last_step == step.step_id and state in self._running.ending:
                 self._finish(state, Finish(type="length", length=0))

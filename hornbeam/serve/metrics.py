@@ -79,7 +79,8 @@ class Metrics:
             if before is None:
                 self._first_token.observe(now - entry.arrived)
             else:
-                self._next_token.observe((now - before) / num_new)
+                for _ in range(num_new):
+                    self._next_token.observe((now - before) / num_new)
             self._heard[entry] = now
         if output.finish is not None:
             self._requests.inc()

@@ -1,13 +1,14 @@
 """The frontend over a handle that the test plays."""
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine
 
 import fake_engine
 import pytest
 
 from hornbeam.core.errors import BadRequest, EngineDead, HornbeamError, Overloaded
-from hornbeam.core.request import RequestOutput, SamplingParams
+from hornbeam.core.request import Finish, RequestOutput, SamplingParams
 from hornbeam.engine import envelope
 from hornbeam.engine.frontend import LONG_TEXT, Frontend
 from hornbeam.engine.stream import GenerationRequest
@@ -61,15 +62,43 @@ def test_stop_string_cuts_the_engines_truth_and_late_news_are_ignored():
         stream = await frontend.submit([request])
         key = engine.commands[-1].requests[0].rid
         engine.generate("ab")
+        deltas = [await anext(stream)]
         engine.generate("cdef", num_generated=6)
         engine.generate("g", num_generated=7)
-        deltas = [delta async for delta in stream]
+        deltas += [delta async for delta in stream]
         assert [delta.text for delta in deltas] == ["ab", ""]
         assert (deltas[-1].token_ids, deltas[-1].num_generated) == ((ord("c"), ord("d")), 4)
         assert engine.commands[-1] == envelope.Abort(key, keep_tokens=4)
         again = await frontend.submit([request])
         assert engine.commands[-1].requests[0].rid != key, "late news of the first must not reach the second"
         again.close()
+
+    run(test)
+
+
+def test_what_a_slow_reader_has_missed_is_one_delta():
+    async def test(engine, frontend):
+        stream = await frontend.submit([GenerationRequest(text="x", stream_interval=1)])
+        engine.generate("a")
+        engine.generate("b", num_generated=2)
+        delta = await anext(stream)
+        assert (delta.text, delta.num_generated, delta.finish) == ("ab", 2, None)
+        engine.generate("c", num_generated=3)
+        engine.generate("d", Finish(type="length", length=4), num_generated=4)
+        (delta,) = [delta async for delta in stream]
+        assert (delta.text, delta.token_ids, delta.num_generated) == ("cd", (99, 100), 4)
+
+    run(test)
+
+
+def test_only_who_reads_along_or_stops_at_a_string_hears_of_each_step():
+    async def test(engine, frontend):
+        whole = GenerationRequest(text="x")
+        await frontend.submit([whole])
+        await frontend.submit([dataclasses.replace(whole, stream_interval=1)])
+        await frontend.submit([dataclasses.replace(whole, text_options=TextOptions(stop=("a",)))])
+        told = [request.told_each_step for command in engine.commands for request in command.requests]
+        assert told == [False, True, True]
 
     run(test)
 

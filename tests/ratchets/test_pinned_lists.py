@@ -48,7 +48,7 @@ FIELDS = {
         dtype kind layers reuse_granularity row_shapes sharding snapshot tokens_per_row window
     """,
     "hornbeam.core.request:Request": """
-        adapter logprobs namespace priority prompt_ids rid routing_key sampling streamed
+        adapter logprobs namespace priority prompt_ids rid routing_key sampling streamed told_each_step
     """,
     "hornbeam.core.request:SamplingParams": """
         frequency_penalty ignore_eos logit_bias max_new_tokens min_new_tokens min_p presence_penalty

@@ -97,6 +97,14 @@ def start() -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture(scope="module")
+def server_with_steps() -> Iterator[Server]:
+    """One whose steps take 20 ms, so that each token is a chunk of its own."""
+    server = Server(random_seed=20)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """A fast server that a module's tests share."""
     server = Server()

@@ -179,8 +179,8 @@ def test_stop_regex_cuts_text_ids_and_logprobs(server, stream):
     assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": "[e-g]{2}h"}
 
 
-def test_stream_is_cumulative_with_a_chunk_per_token(server):
-    chunks = events(generate(server, text="a", stream=True, return_logprob=True))
+def test_stream_is_cumulative_with_a_chunk_per_token(server_with_steps):
+    chunks = events(generate(server_with_steps, text="a", stream=True, return_logprob=True))
     assert [chunk["text"] for chunk in chunks] == ["b", "bc", "bcd"]
     assert [chunk["output_ids"] for chunk in chunks] == [[98], [98, 99], [98, 99, 100]]
     assert [chunk["meta_info"]["completion_tokens"] for chunk in chunks] == [1, 2, 3]
@@ -189,19 +189,21 @@ def test_stream_is_cumulative_with_a_chunk_per_token(server):
     assert "index" not in chunks[0]
 
 
-def test_stream_interval(server):
-    chunks = events(generate(server, text="a", stream=True, sampling={"stream_interval": 2, "max_new_tokens": 6}))
+def test_stream_interval(server_with_steps):
+    chunks = events(
+        generate(server_with_steps, text="a", stream=True, sampling={"stream_interval": 2, "max_new_tokens": 6})
+    )
     assert [chunk["text"] for chunk in chunks] == ["b", "bcd", "bcdef", "bcdefg"]
 
 
-def test_stream_of_a_batch_tells_whose_chunk_it_is(server):
-    chunks = events(generate(server, text=["a", "k"], stream=True))
+def test_stream_of_a_batch_tells_whose_chunk_it_is(server_with_steps):
+    chunks = events(generate(server_with_steps, text=["a", "k"], stream=True))
     for index, text in enumerate(["bcd", "lmn"]):
         assert [chunk["text"] for chunk in chunks if chunk["index"] == index] == [text[:1], text[:2], text]
 
 
 def test_incremental_stream(start):
-    server = start(incremental_streaming_output=True)
+    server = start(incremental_streaming_output=True, random_seed=20)
     chunks = events(generate(server, text="a", stream=True, return_logprob=True))
     assert [chunk["text"] for chunk in chunks] == ["b", "c", "d"]
     assert [chunk["output_ids"] for chunk in chunks] == [[98], [99], [100]]

@@ -12,6 +12,12 @@ def client(server):
         yield client
 
 
+@pytest.fixture
+def client_of_steps(server_with_steps):
+    with openai.OpenAI(base_url=f"{server_with_steps.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
 def ask(client, text: str = "abc", **fields):
     fields = {"max_tokens": 3, **fields}
     return client.chat.completions.create(model="m", messages=[{"role": "user", "content": text}], **fields)
@@ -74,8 +80,8 @@ def test_several_choices(client):
         assert mine[-1].finish_reason == "length"
 
 
-def test_stream(client):
-    chunks = list(ask(client, "a", stream=True, stream_options={"include_usage": True}, logprobs=True))
+def test_stream(client_of_steps):
+    chunks = list(ask(client_of_steps, "a", stream=True, stream_options={"include_usage": True}, logprobs=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [chunk.choices[0].delta.content for chunk in chunks[:4]] == ["", "b", "c", "d"]
     assert [chunk.choices[0].logprobs.content[0].token for chunk in chunks[1:4]] == ["b", "c", "d"]
@@ -85,9 +91,9 @@ def test_stream(client):
     assert len(chunks) == 6
 
 
-def test_stream_without_usage_and_with_usage_everywhere(client):
-    assert all(chunk.usage is None for chunk in ask(client, "a", stream=True))
-    chunks = ask(client, "a", stream=True, stream_options={"continuous_usage_stats": True})
+def test_stream_without_usage_and_with_usage_everywhere(client_of_steps):
+    assert all(chunk.usage is None for chunk in ask(client_of_steps, "a", stream=True))
+    chunks = ask(client_of_steps, "a", stream=True, stream_options={"continuous_usage_stats": True})
     assert [chunk.usage.completion_tokens for chunk in chunks] == [1, 1, 2, 3, 3]
 
 
