@@ -146,17 +146,10 @@ class Frontend:
             key = f"{rid}#{next(self._numbers)}"
             submitted.append(self._engine_request(key, prompt_ids, request))
             submitted[-1].check_ids(facts.vocab_size)
-            stream.requests.append(
-                InFlight(
-                    key=key,
-                    rid=rid,
-                    index=index,
-                    prompt_ids=prompt_ids,
-                    request=request,
-                    session=session,
-                    stream=stream,
-                )
+            entry = InFlight(
+                key=key, rid=rid, index=index, prompt_ids=prompt_ids, request=request, session=session, stream=stream
             )
+            stream.requests.append(entry)
         self._engine.send(Submit(tuple(submitted)))
         if not self._in_flight:
             self._last_heard = time.monotonic()
@@ -216,9 +209,7 @@ class Frontend:
             seen.add(rid)
 
     def _engine_request(self, key: str, prompt_ids: tuple[int, ...], request: GenerationRequest) -> Request:
-        sampling, priority = request.sampling, request.priority
-        if priority is None:
-            priority = self.facts.facts.get("default_priority_value", 0)
+        sampling = request.sampling
         if self.tokenizer is not None and not sampling.ignore_eos:
             # The tokenizer may know an end (of a chat turn) that the model's config, all the engine sees, does not.
             stop_token_ids = tuple(self.tokenizer.eos_ids.union(sampling.stop_token_ids))
@@ -228,10 +219,12 @@ class Frontend:
             prompt_ids=prompt_ids,
             sampling=sampling,
             namespace=request.namespace,
-            priority=priority,
+            priority=self.facts.facts.get("default_priority_value", 0)
+            if request.priority is None
+            else request.priority,
             routing_key=request.routing_key,
             streamed=request.stream_interval is not None,
-            told_each_step=request.stream_interval is not None or request.text_options.stops,
+            told_each_step=request.told_each_step,
             logprobs=request.logprobs,
         )
 

@@ -120,13 +120,14 @@ class EngineLoop:
         if not self._steps:
             return
         step_id, step, launched_at = self._steps[0]
+        was_done = step.wait(0)
         while not step.wait(COMMAND_INTERVAL):
             now = time.monotonic()
             if now - max(launched_at, self._step_done) > self._options.watchdog_timeout:
                 raise RuntimeError(
                     f"step {step_id} has not ended within {self._options.watchdog_timeout:g} s (--watchdog-timeout)"
                 )
-            self._pulse(now)
+            self._publish()
             if self._obey(timeout=0) and len(self._steps) < self._depth:
                 return
         self._steps.popleft()
@@ -137,13 +138,14 @@ class EngineLoop:
             logger.exception("step %d failed", step_id)
             result = StepResult(step_id=step_id, token_ids=(), error=f"{type(error).__name__}: {error}")
             self._num_failures += 1
-        # Steps run one after the other: this one began when it was launched, or when the one before it ended.
-        begun, self._step_done = max(launched_at, self._step_done), time.monotonic()
+        # Steps run one after the other: this one began when it was launched, or when the one before it ended. If it
+        # ended unseen, then while the next one was launched, which took the time: that is counted there.
+        begun, now = max(launched_at, self._step_done), time.monotonic()
+        self._step_done = max(begun, self._steps[0][2]) if was_done and self._steps else now
         self._seconds["steps"] += self._step_done - begun
         self._scheduler.apply(result, self._step_done - begun)
         self._publish()
-        self._pulse(self._step_done)
-        self._seconds["results"] += time.monotonic() - self._step_done
+        self._seconds["results"] += time.monotonic() - now
         if self._profiling.active:
             self._profiling.step_done()
         if self._num_failures == MAX_FAILURES:
@@ -207,9 +209,11 @@ class EngineLoop:
         return None
 
     def _publish(self) -> None:
-        outputs = self._scheduler.drain()
-        if outputs:
+        """Tell the news; if there has been none for a while, that the loop lives."""
+        if outputs := self._scheduler.drain():
             self._send(StepOutputs(outputs=tuple(outputs)))
+        elif time.monotonic() - self._last_sent > PULSE_INTERVAL:
+            self._send(Pulse())
         if self._flushes:
             self._answer_flushes()
 
@@ -230,11 +234,6 @@ class EngineLoop:
             logger.exception("the accounting of the cache is broken; please report this")
             if self._options.strict_checks:
                 raise
-
-    def _pulse(self, now: float) -> None:
-        """Steps may go on for long without news."""
-        if now - self._last_sent > PULSE_INTERVAL:
-            self._send(Pulse())
 
     def _send(self, event: Event) -> None:
         self._link.send(event)

@@ -32,9 +32,12 @@ class GenerationRequest:
     priority: int | None = None  # None: the server's default
     routing_key: str | None = None
     logprobs: LogprobOptions | None = None
-    stream_interval: int | None = (
-        None  # tokens between two deltas, the first comes at once; None: one delta, at the end
-    )
+    stream_interval: int | None = None  # tokens between two deltas, the first comes at once; None: one, at the end
+
+    @property
+    def told_each_step(self) -> bool:
+        """Whether ids become text as they come: somebody waits for it, or it may end the request. Else at the end."""
+        return self.stream_interval is not None or self.text_options.stops
 
 
 def siblings(request: GenerationRequest, num: int) -> tuple[GenerationRequest, ...]:
@@ -135,40 +138,28 @@ class Stream:
         self._abort([request for request in self.requests if not request.done])
 
 
+@dataclass(slots=True, kw_only=True, eq=False, weakref_slot=True)
 class InFlight:
     """One request, from submission until its end."""
 
-    def __init__(
-        self,
-        *,
-        key: str,
-        rid: str,
-        index: int,
-        prompt_ids: tuple[int, ...],
-        request: GenerationRequest,
-        session: TextSession | None,
-        stream: Stream,
-    ) -> None:
-        self.key = key  # the engine's id for it: never used twice, as news of an aborted request may come late
-        self.rid = rid
-        self.prompt_ids = prompt_ids
-        self.arrived = time.monotonic()
-        self.done = False
-        self._index = index
-        self._session = session
-        self._stream = stream
-        self._interval = request.stream_interval
-        # Ids become text when they come, if somebody waits for it or it may end the request; else once, at the end.
-        self._feeds = session is not None and (self._interval is not None or request.text_options.stops)
-        self._num_generated = self._num_told = 0
-        self._waits = False  # a delta, to be read
-        self._latest = RequestOutput(rid=key)
-        # What the next delta will hold:
-        self._finish: Finish | None = None
-        self._text = ""
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._input_logprobs: list[TokenLogprobs] = []
+    key: str  # the engine's id for it: never used twice, as news of an aborted request may come late
+    rid: str
+    index: int  # among those submitted together
+    prompt_ids: tuple[int, ...]
+    request: GenerationRequest
+    session: TextSession | None
+    stream: Stream
+    arrived: float = field(default_factory=time.monotonic)
+    done: bool = False
+    _latest: RequestOutput = field(init=False)
+    _num_generated: int = 0
+    _num_told: int = 0
+    _waits: bool = False  # a delta, to be read; what it will hold:
+    _finish: Finish | None = None
+    _text: str = ""
+    _token_ids: list[int] = field(default_factory=list)
+    _logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _input_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def push(self, output: RequestOutput) -> int | None:
         """Take news. If a stop string ends the request while the engine still runs it: the tokens to keep."""
@@ -181,20 +172,21 @@ class InFlight:
         if finish is not None and finish.status is not None:
             self.fail(_error(finish))
             return None
-        if self._feeds or finish is not None:
-            finish = self._feed(output.token_ids if self._feeds else tuple(self._token_ids), finish)
+        reads_along = self.request.told_each_step
+        if reads_along or finish is not None:
+            finish = self._feed(output.token_ids if reads_along else tuple(self._token_ids), finish)
         self._finish = finish
         self.done = finish is not None
         if not self._waits and (self.done or self._is_due()):
             self._waits = True
-            self._stream.put(self)
+            self.stream.put(self)
         return self._num_generated if self.done and output.finish is None else None
 
     def take(self) -> Delta:
         """What has come since the last delta."""
         latest = self._latest
         delta = Delta(
-            index=self._index,
+            index=self.index,
             text=self._text,
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
@@ -216,14 +208,14 @@ class InFlight:
     def fail(self, error: HornbeamError) -> None:
         """The request is lost."""
         self.done = True
-        self._stream.put(error)
+        self.stream.put(error)
 
     def _feed(self, token_ids: tuple[int, ...], finish: Finish | None) -> Finish | None:
         """Turn ids into text; the end of the request, be it the given one or a stop string."""
-        if self._session is None:
+        if self.session is None:
             return finish
         by_token = finish is not None and finish.type == "stop"
-        delta = self._session.feed(token_ids, finish is not None, ends_with_stop_token=by_token)
+        delta = self.session.feed(token_ids, finish is not None, ends_with_stop_token=by_token)
         self._text += delta.text
         if delta.stopped is None:
             return finish
@@ -235,9 +227,8 @@ class InFlight:
         return Finish(type="stop", matched=delta.stopped.matched)
 
     def _is_due(self) -> bool:
-        if self._interval is None or self._num_generated == self._num_told:
-            return False
-        return self._num_told == 0 or self._num_generated - self._num_told >= self._interval
+        interval, num_new = self.request.stream_interval, self._num_generated - self._num_told
+        return interval is not None and num_new > 0 and (self._num_told == 0 or num_new >= interval)
 
 
 def _error(finish: Finish) -> HornbeamError:

@@ -132,7 +132,7 @@ def test_a_fault_in_one_requests_text_fails_it_alone(monkeypatch, caplog):
     async def test(engine, frontend):
         good = await frontend.submit([GenerationRequest(text="x", stream_interval=1)])
         bad = await frontend.submit([GenerationRequest(text="x", stream_interval=1)])
-        monkeypatch.setattr(bad.requests[0]._session, "feed", lambda *args, **kwargs: 1 / 0)
+        monkeypatch.setattr(bad.requests[0].session, "feed", lambda *args, **kwargs: 1 / 0)
         engine.generate("a")
         with pytest.raises(HornbeamError, match="ZeroDivisionError"):
             await anext(bad)

@@ -213,6 +213,29 @@ def test_commands_do_not_wait_for_a_long_step(monkeypatch):
     engine.stop()
 
 
+def test_a_slow_launch_counts_for_the_step_that_is_launched(monkeypatch):
+    engine = RunningEngine(random_seed=1)
+    launch, apply, seconds = engine.built.executor.launch, engine.built.scheduler.apply, {}
+
+    def launch_slowly(plan):
+        step = launch(plan)
+        time.sleep(0.2 if plan.step_id == 5 else 0)
+        return step
+
+    def note(result, taken):
+        seconds[result.step_id] = taken
+        apply(result, taken)
+
+    monkeypatch.setattr(engine.built.executor, "launch", launch_slowly)
+    monkeypatch.setattr(engine.built.scheduler, "apply", note)
+    engine.send(envelope.Submit((request("1", "a", 10),)))
+    engine.outputs("1")
+    assert max(seconds, key=seconds.__getitem__) == 5
+    assert seconds.pop(5) >= 0.2
+    assert max(seconds.values()) < 0.1
+    engine.stop()
+
+
 def test_stop_string_abort_cuts_the_truth_without_an_output(engine):
     engine.send(envelope.Submit((request("1", "abcd", None),)))
     engine.event()

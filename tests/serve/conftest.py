@@ -9,6 +9,7 @@ from typing import Any
 
 import fake_engine
 import httpx
+import openai
 import pytest
 import uvicorn
 
@@ -102,6 +103,12 @@ def server_with_steps() -> Iterator[Server]:
     server = Server(random_seed=20)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def client_of_steps(server_with_steps: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server_with_steps.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -54,11 +54,11 @@ def test_prompts_of_every_kind(client, prompt, texts, n):
     assert (last.choices, last.usage.prompt_tokens) == ([], answer.usage.prompt_tokens)
 
 
-def test_echo(client):
+def test_echo(client, client_of_steps):
     assert ask(client, echo=True).choices[0].text == "abcdef"
     assert ask(client, [97, 98, 99], echo=True).choices[0].text == "abcdef"
     assert ask(client, echo=True, max_tokens=0).choices[0].text == "abc"
-    chunks = list(ask(client, echo=True, stream=True))
+    chunks = list(ask(client_of_steps, echo=True, stream=True))
     assert [chunk.choices[0].text for chunk in chunks] == ["abcd", "e", "f"]
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, None, "length"]
 
@@ -88,8 +88,8 @@ def test_offsets_count_characters(client):
     assert told.text_offset == [0, 0, 1, 1, 1, 2]
 
 
-def test_usage_everywhere(client):
-    chunks = ask(client, stream=True, stream_options={"continuous_usage_stats": True})
+def test_usage_everywhere(client_of_steps):
+    chunks = ask(client_of_steps, stream=True, stream_options={"continuous_usage_stats": True})
     assert [chunk.usage.completion_tokens for chunk in chunks] == [1, 2, 3]
 
 

@@ -12,12 +12,6 @@ def client(server):
         yield client
 
 
-@pytest.fixture
-def client_of_steps(server_with_steps):
-    with openai.OpenAI(base_url=f"{server_with_steps.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def ask(client, text: str = "abc", **fields):
     fields = {"max_tokens": 3, **fields}
     return client.chat.completions.create(model="m", messages=[{"role": "user", "content": text}], **fields)
