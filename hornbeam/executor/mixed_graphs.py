@@ -2,7 +2,7 @@
 
 A graph serves any numbers of decoding rows and chunks whose tokens it holds. Both attention calls are in it: decode
 takes the first tokens as rows, of which those that do not decode are padding, and prefill takes all tokens, of which
-those that are in no chunk have nothing to attend to. A mask then picks each token's own result.
+those that are in no chunk have nothing to attend to: decode then writes over what prefill has written for its rows.
 """
 
 import logging
@@ -70,32 +70,33 @@ class MixedGraphs:
         """The step's tokens, then padding, and their hidden rows [size, H]; valid until the next replay."""
         tokens = self._tokens[fit.size]
         self._state.lay_out(batch, tokens)
+        tokens.decode_lens[len(plan.decode) :] = 0
         chunks = slice(1, 1 + len(plan.chunks))
-        self._row_slots[chunks] = batch.chunk_slots
-        self._row_lens[chunks] = batch.chunk_ends
+        # By a kernel: CUDA would take what stands in the host's memory for the device's in a copy.
+        torch.add(batch.chunk_slots, 0, out=self._row_slots[chunks])
+        torch.add(batch.chunk_ends, 0, out=self._row_lens[chunks])
         self._plan(lane, fit.size, plan, fit.shared)
         return tokens, self._replays[lane, fit.size, fit.shared is not None]()
 
     def _num_decode(self, size: int) -> int:
-        """Tokens that may decode: the first ones, as many as there can be requests."""
-        return min(size, self._state.num_slots)
+        """Tokens that may decode: the first ones, as many as there can be requests; none beside the only one."""
+        return min(size, self._state.num_slots) if self._state.num_slots > 1 else 0
 
     def _plan(
         self, lane: int, size: int, plan: StepPlan, shared: tuple[SharedPrefix, ...] | None
-    ) -> list[tuple[Attend | LatentAttend, Attend | LatentAttend]]:
+    ) -> list[tuple[Attend | LatentAttend | None, Attend | LatentAttend]]:
         """Refresh what each group's attention reads, decode and prefill."""
         tokens, unused = self._tokens[size], ((0, 0),) * (MAX_CHUNKS - len(plan.chunks))
         slots, lens = tokens.decode_slots, tokens.decode_lens
         chunks = ((chunk.end, len(chunk.token_ids)) for chunk in plan.chunks)
         rows = (0, len(plan.decode)), *chunks, *unused, (0, size - plan.num_tokens)
-        runner, slots_lens = self._runner, (self._row_slots, self._row_lens)
-        return [
-            (
-                runner.plan_decode(lane, group, slots, lens, plan.decode_lens, shared, captured=True),
-                runner.plan_prefill(lane, group, *slots_lens, rows, captured=True),
-            )
-            for group in range(len(self._state.page_tables))
-        ]
+        runner, slots_lens, planned = self._runner, (self._row_slots, self._row_lens), []
+        for group in range(len(self._state.page_tables)):
+            decode = None
+            if len(slots):
+                decode = runner.plan_decode(lane, group, slots, lens, plan.decode_lens, shared, captured=True)
+            planned.append((decode, runner.plan_prefill(lane, group, *slots_lens, rows, captured=True)))
+        return planned
 
     def _recordable(self, lane: int, size: int, *, shares: bool) -> Callable[[], Tensor]:
         """The forward pass over the buffers, planned for padding alone."""
@@ -112,7 +113,7 @@ class MixedGraphs:
                 caches=self._runner.caches,
                 groups=tuple(groups),
                 padding=tokens.slots == self._state.num_slots,
-                decodes=tokens.decode_slots != self._state.num_slots,
+                prefills_all=True,
             )
             return self._runner.model(tokens.ids, tokens.positions, fwd)
 

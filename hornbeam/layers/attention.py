@@ -1,6 +1,5 @@
 """Attention of one layer: normalise and rotate, write keys and values to the cache, attend."""
 
-import torch
 from torch import Tensor, nn
 
 from hornbeam.layers.context import BuildContext
@@ -79,13 +78,10 @@ class Attention(nn.Module):
         assert not isinstance(step.prefill, LatentAttend)
         n, out = fwd.num_decode, q.new_empty(q.shape)
         if step.prefill is not None:
-            first = n if fwd.decodes is None else 0
+            first = 0 if fwd.prefills_all else n
             step.prefill(q[first:], k_pages, v_pages, sinks, (k[n:], v[n:]), out[first:])
-        if step.decode is not None and fwd.decodes is None:
+        if step.decode is not None:  # behind prefill: in a graph empty rows keep what that has written
             step.decode(q[:n], k_pages, v_pages, sinks, None, out[:n])
-        elif step.decode is not None and fwd.decodes is not None:
-            decoded = step.decode(q[:n], k_pages, v_pages, sinks)
-            torch.where(fwd.decodes[:, None, None], decoded, out[:n], out=out[:n])
         return out
 
 

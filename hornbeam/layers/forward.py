@@ -22,7 +22,7 @@ class GroupForward:
 
     rows: Tensor  # [T] int64: page * S + offset where what is cached of each token goes
     decode: Attend | LatentAttend | None  # for the first num_decode tokens
-    prefill: Attend | LatentAttend | None  # for the rest; for all tokens if `decodes` is there
+    prefill: Attend | LatentAttend | None  # for the rest; for all tokens if `prefills_all`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class Forward:
     num_decode: int
     caches: tuple[LayerCache, ...]  # by layer
     groups: tuple[GroupForward, ...]  # by cache group
-    decodes: Tensor | None = None  # [num_decode] bool: those that decode, where a graph must serve any number of them
+    prefills_all: bool = False  # a graph must serve any number of rows: all tokens have both kinds of attention
     wanted: Tensor | None = None  # [R] int64: the tokens whose hidden rows the model returns; None: all, in order
     input_embeds: Tensor | None = None  # [T, H]: taken instead of looking the ids up; written over
     padding: Tensor | None = None  # [T] bool: rows that stand for no token; None: there is none

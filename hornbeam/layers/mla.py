@@ -70,7 +70,7 @@ class LatentAttention(nn.Module):
 
     def _attend(self, q: Tensor, row: Tensor, rotation: Rotation, fwd: Forward) -> Tensor:
         """q [T, Hq, N + R], row [T, C + R] -> [T, Hq, V]."""
-        assert fwd.decodes is None, "no backend of latent attention captures prefill"
+        assert not fwd.prefills_all, "no backend of latent attention captures prefill"
         cache = fwd.caches[self.layer]
         (pages,) = cache.tensors
         step, up = fwd.groups[cache.group], self.up.by_head()

@@ -59,8 +59,11 @@ class Recordable:
         return self._attends.setdefault(key, lambda q, *pages: self._attend(self._plans[key], q, *pages))
 
     def _attend(self, rows, q, k_pages, v_pages, sinks, fresh=None, out=None):
-        used = [row for row, bound in enumerate(rows.len_bounds) if bound and rows.query_lens[row]]
-        out = torch.zeros_like(q) if out is None else out.zero_()
+        numbers = zip(rows.len_bounds, rows.lens.tolist(), rows.query_lens, strict=True)
+        used = [row for row, (bound, length, num_queries) in enumerate(numbers) if bound and length and num_queries]
+        out = torch.zeros_like(q) if out is None else out
+        if 0 in rows.len_bounds:  # only prefill has such rows
+            out.zero_()
         if used:
             begins = torch.tensor([0, *rows.query_lens]).cumsum(0).tolist()
             places = torch.cat([torch.arange(begins[row], begins[row + 1]) for row in used])
@@ -118,11 +121,13 @@ def generate(path: Path, **flags) -> dict[str, list[int]]:
     return {rid: result.token_ids for rid, result in harness.run(make_engine(path, **flags), requests).items()}
 
 
-def test_replayed_steps_say_the_same(tiny_checkpoint, num_runs):
+@pytest.mark.parametrize("max_running_requests", [4, 1])
+def test_replayed_steps_say_the_same(tiny_checkpoint, num_runs, max_running_requests):
     expected = generate(tiny_checkpoint, disable_cuda_graph=True, attention_backend="reference")
     assert num_runs.keys() == {"launched"}
     num_runs.clear()
-    assert generate(tiny_checkpoint, attention_backend="recordable", disable_cascade_attention=True) == expected
+    flags = {"max_running_requests": max_running_requests, "disable_cascade_attention": True}
+    assert generate(tiny_checkpoint, attention_backend="recordable", **flags) == expected
     assert num_runs["mixed"] > 10
     assert num_runs["decode"] > 10
     assert num_runs["launched"] == 2, "these are of the warm-up"

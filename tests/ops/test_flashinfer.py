@@ -70,8 +70,14 @@ def test_decode(backend, shape):
 
 
 def test_prefill_after_a_cached_prefix(backend, shape):
+    """Of long and of short chunks."""
     attention = backend.create(shape, 8)
-    for lens, query_lens in (([70, 1, 150, 33], [70, 1, 65, 2]), ([512], [512]), ([512, 20], [3, 20])):
+    for lens, query_lens in (
+        ([500, 1, 512], [110, 1, 250]),
+        ([70, 150, 33], [70, 65, 2]),
+        ([512], [512]),
+        ([512], [3]),
+    ):
         case = make_case(shape, lens, query_lens)
         check(case, run(case, attention.plan_prefill(case.rows)))
 
@@ -143,6 +149,15 @@ def test_a_captured_prefill_follows_new_plans(backend, shape):
             assert not out[before + len(case.q) :].any()
 
 
+def test_empty_rows_of_a_graph_leave_what_is_there(backend, shape):
+    case = make_case(shape, [320, 33], [1] * 2, num_padding=2, captured=True)
+    case.rows.lens[2:] = 0
+    out = torch.full(case.q.shape, 7.0, dtype=case.q.dtype, device="cuda")
+    backend.create(shape, 8).plan_decode(case.rows)(case.q, case.k_pages, case.v_pages, out=out)
+    torch.testing.assert_close(out[:2].double(), expected_output(case)[:2], **tolerance(case.q.dtype))
+    assert (out[2:] == 7.0).all()
+
+
 def test_two_lanes_do_not_disturb_each_other(backend, shape):
     lanes = [backend.create(shape, 8) for _ in range(2)]
     cases = [make_case(shape, lens, [1, 1]) for lens in ([100, 30], [31, 400])]
@@ -160,7 +175,7 @@ def test_what_is_not_compiled_is_refused(backend, shape):
 
 
 def test_prompts_with_nothing_before_them(backend, shape):
-    lens = [1, 130, 500]
+    lens = [1, 230, 500]
     case = make_case(shape, lens, lens)
     rows = dataclasses.replace(case.rows, fresh=True)
     fresh = []

@@ -67,6 +67,17 @@ def test_a_captured_plan_follows_the_tensors(device):
     check(case, attend)
 
 
+@pytest.mark.parametrize("lens", [[40, 90, 130], [33]])
+def test_empty_rows_of_a_graph_leave_what_is_there(device, lens):
+    case = make_case(make_shape(device, torch.float32, 4, 2, 64), lens, [1] * len(lens), num_padding=2, captured=True)
+    case.rows.lens[len(lens) :] = 0
+    out = torch.full_like(case.q, 7.0)
+    assert create(case.shape, 8).plan_decode(case.rows)(case.q, case.k_pages, case.v_pages, out=out) is out
+    expected = expected_output(case)[: len(lens)]
+    torch.testing.assert_close(out[: len(lens)].double(), expected, **tolerance(torch.float32))
+    assert (out[len(lens) :] == 7.0).all()
+
+
 @pytest.mark.parametrize("heads", SHAPES)
 def test_prefill_after_a_cached_prefix(device, dtype, heads):
     case = make_case(make_shape(device, dtype, *heads), [70, 1, 150, 33], [70, 1, 65, 2])

@@ -57,7 +57,7 @@ FIELDS = {
 }
 TORCH_FIELDS = {
     "hornbeam.layers.forward:Forward": """
-        adapters caches collect_layers decodes groups input_embeds num_decode padding wanted
+        adapters caches collect_layers groups input_embeds num_decode padding prefills_all wanted
     """,
     "hornbeam.layers.forward:GroupForward": "decode prefill rows",
 }

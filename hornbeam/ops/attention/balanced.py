@@ -79,7 +79,7 @@ def _list_kernel(
         first_keys = tl.maximum(lens - NUM_QUERIES - WINDOW + 1, 0) // PIECE * PIECE
     if HAS_SHARED:
         first_keys = tl.load(shares_ptr + SHARE_FIELDS * all_rows, mask=all_rows < num_rows, other=0) * PAGE_SIZE
-    blocks_of = tl.maximum(tl.cdiv(lens - first_keys, BLOCK_KEYS), 1)  # one even of nothing: its zeros are written
+    blocks_of = tl.cdiv(lens - first_keys, BLOCK_KEYS)
     begin = tl.sum(tl.where(all_rows < row, blocks_of, 0))
     num_blocks = tl.sum(tl.where(all_rows == row, blocks_of, 0))
     first_key = tl.sum(tl.where(all_rows == row, first_keys, 0))
@@ -96,7 +96,7 @@ def _list_kernel(
     tl.store(rows_ptr + _ROW_FIELDS * row + 4, tile)
     if row == 0:
         total = tl.sum(tl.where(all_rows < num_rows, blocks_of, 0))
-        tl.store(strips_ptr, tl.cdiv(total, num_strips))
+        tl.store(strips_ptr, tl.maximum(tl.cdiv(total, num_strips), 1))
         tl.store(strips_ptr + 1, total)
     for start in range(0, num_blocks, BLOCK):
         block = start + tl.arange(0, BLOCK)

@@ -112,7 +112,8 @@ class Attention(Protocol):
         enqueues there runs once, ahead of all layers.
 
         With `rows.captured`, the result for a given B and given tensors in `rows` is always the same, over the same
-        addresses; what these tensors hold when the graph is replayed is what counts.
+        addresses; what these tensors hold when the graph is replayed is what counts. Rows may then be empty: they
+        have a length of 0, but a bound of 1, and their part of `out` stays as it is.
         """
 
     def plan_prefill(self, rows: Rows) -> Attend | LatentAttend:

@@ -3,7 +3,8 @@
 Decode runs on tensor cores for every group size: it reads the cache once, and so is bound by memory all the same. Each
 batch size has a wrapper in graph mode, captured or not, so that a step gives the same numbers either way. Prefill takes
 FlashAttention-3 on Hopper where its module is there, else FlashAttention-2; recorded prefill always the latter, which
-splits the keys of a few queries over the whole device.
+splits the keys of a few queries over the whole device, and so do short chunks, of which it puts the heads of a group
+into one tile.
 
 Plans are made on the host from upper bounds of lengths, without waiting for the device. Which pages and how many tokens
 a row has is filled in on the device. A length that falls short of its bound by pages may cross a split of the plan,
@@ -29,7 +30,8 @@ from hornbeam.ops.query import OpQuery
 
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = ("bfloat16", "float16")
-_PREFILL_TILE = 128  # packed queries of FlashAttention-2's largest tile
+_PREFILL_TILE = 128  # packed queries of FlashAttention-2's largest tile, and queries of FlashAttention-3's
+_FA3_SPEED = 1.6  # of FlashAttention-3 over FlashAttention-2 where tiles are full, as measured on an H200
 _PLAN_BYTES_PER_ROW = 64  # of a decode plan; it takes less than half of it
 _LEAST_PREFILL_ROWS = 64  # room for recorded steps, which have more rows than there may be requests
 
@@ -54,6 +56,9 @@ class FlashInferAttention:
         # Of pages and keys that are not in the window FlashInfer is not told; the window's first page it masks itself.
         self._masks = {"window_left": (shape.window or 0) - 1, "logits_soft_cap": shape.soft_cap}
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(self._scratch, "NHD", backend=backend)
+        self._short: BatchPrefillWithPagedKVCacheWrapper | None = None  # for chunks that fill no tile
+        if fa3:
+            self._short = BatchPrefillWithPagedKVCacheWrapper(self._scratch, "NHD", backend="fa2")
         self._prompts = BatchPrefillWithRaggedKVCacheWrapper(self._scratch, "NHD", backend=backend)
         self._captured_prefills: dict[int, tuple[BatchPrefillWithPagedKVCacheWrapper, Attend]] = {}  # by queries
         self._captured_scratch, self._captured_plan = self._scratch, torch.empty_like(self._plan_buffer)
@@ -99,10 +104,13 @@ class FlashInferAttention:
             wrapper, attend = self._captured_prefills[num_queries]
             self._plan_pages(wrapper, rows, query_begins)
             return attend
-        if rows.fresh and list(rows.len_bounds) == list(rows.query_lens):
+        wrapper = self._prefill
+        if self._short is not None and _wastes_tiles(rows):
+            wrapper = self._short
+        elif rows.fresh and list(rows.len_bounds) == list(rows.query_lens):
             return self._plan_prompts(query_begins)
-        self._plan_pages(self._prefill, rows, query_begins)
-        return _attend_pages(self._prefill)
+        self._plan_pages(wrapper, rows, query_begins)
+        return _attend_pages(wrapper)
 
     def _plan_pages(self, wrapper: BatchPrefillWithPagedKVCacheWrapper, rows: Rows, query_begins: Tensor) -> None:
         """Queries that read their keys and values from pages; `query_begins` [B + 1] int32, on the host."""
@@ -176,7 +184,20 @@ class FlashInferAttention:
         )
         # Its own buffers of 8 MiB go back: a lane plans one step at a time, so all its wrappers can share a small one.
         wrapper.reset_workspace_buffer(self._scratch, self._plan_buffer)
-        return wrapper, _attend_pages(wrapper)
+        attend_pages, lens = _attend_pages(wrapper), pages.last_page_lens[:num_rows, None, None]
+
+        def attend(
+            q: Tensor,
+            k_pages: Tensor,
+            v_pages: Tensor,
+            sinks: Tensor | None = None,
+            fresh: Fresh | None = None,
+            out: Tensor | None = None,
+        ) -> Tensor:
+            decoded = attend_pages(q, k_pages, v_pages)
+            return decoded if out is None else torch.where(lens > 0, decoded, out, out=out)
+
+        return wrapper, attend
 
     def _make_captured_prefill(
         self, num_queries: int, num_rows: int
@@ -216,6 +237,13 @@ def _attend_pages(wrapper: BatchPrefillWithPagedKVCacheWrapper | BatchDecodeWith
         return result
 
     return attend
+
+
+def _wastes_tiles(rows: Rows) -> bool:
+    """Whether chunks are so short that FlashAttention-3, whose tiles hold queries of one head, is slower."""
+    num_queries, num_keys = np.array(rows.query_lens), np.array(rows.len_bounds)
+    padded = -(-num_queries // _PREFILL_TILE) * _PREFILL_TILE
+    return bool(padded @ num_keys > _FA3_SPEED * (num_queries @ num_keys))
 
 
 def _captured_scratch_bytes(shape: AttentionShape, num_queries: int, num_rows: int) -> int:
