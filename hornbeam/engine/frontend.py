@@ -17,18 +17,7 @@ from typing import Protocol
 from hornbeam.core.errors import BadRequest, ConfigError, EngineDead, HornbeamError, Overloaded
 from hornbeam.core.request import Request, RequestOutput
 from hornbeam.engine.commands import Commands
-from hornbeam.engine.envelope import (
-    Abort,
-    AbortAll,
-    Event,
-    Failed,
-    Pulse,
-    Ready,
-    Reply,
-    Shutdown,
-    StepOutputs,
-    Submit,
-)
+from hornbeam.engine.envelope import Abort, AbortAll, Event, Failed, Ready, Reply, Shutdown, StepOutputs, Submit
 from hornbeam.engine.stream import GenerationRequest, InFlight, Stream
 from hornbeam.engine.transport import EngineHandle
 from hornbeam.text.session import TextSession
@@ -244,7 +233,7 @@ class Frontend:
     # News on their way out.
 
     def _on_event(self, event: Event) -> None:
-        self._last_heard = time.monotonic()
+        self._last_heard = time.monotonic()  # a Pulse is for that alone
         match event:
             case StepOutputs():
                 for output in event.outputs:
@@ -256,8 +245,6 @@ class Frontend:
                 self._ready.set_result(event)
             case Failed():
                 self._die(ConfigError(event.message) if event.is_config else EngineDead(event.message))
-            case Pulse():
-                pass
 
     def _route(self, output: RequestOutput) -> None:
         entry = self._in_flight.get(output.rid)

@@ -153,7 +153,6 @@ class InFlight:
     done: bool = False
     _latest: RequestOutput = field(init=False)
     _num_generated: int = 0
-    _num_told: int = 0
     _waits: bool = False  # a delta, to be read; what it will hold:
     _finish: Finish | None = None
     _text: str = ""
@@ -198,7 +197,6 @@ class InFlight:
             num_retractions=latest.num_retractions,
         )
         self._waits = False
-        self._num_told = self._num_generated
         self._text = ""
         self._token_ids.clear()
         self._logprobs.clear()
@@ -227,8 +225,8 @@ class InFlight:
         return Finish(type="stop", matched=delta.stopped.matched)
 
     def _is_due(self) -> bool:
-        interval, num_new = self.request.stream_interval, self._num_generated - self._num_told
-        return interval is not None and num_new > 0 and (self._num_told == 0 or num_new >= interval)
+        interval, num_new = self.request.stream_interval, len(self._token_ids)
+        return interval is not None and num_new > 0 and (num_new == self._num_generated or num_new >= interval)
 
 
 def _error(finish: Finish) -> HornbeamError:

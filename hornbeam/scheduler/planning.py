@@ -21,6 +21,8 @@ MAX_SLOWDOWN = 1.5  # of a step by prompts, where streams come first: a factor o
 PACE_LEARNING_RATE = 0.2
 FEW = 4  # prompts that wait, beside any number of streams
 LEAST_SHARE = 64  # of the chunk size: smaller stretches cost more than they smooth
+GROUP = 16  # one in so many decode rows: prompts that start together, where nobody reads along
+PATIENCE = 8  # steps that they wait for each other
 
 
 class OutputEstimate:
@@ -112,6 +114,7 @@ class Planner:
         self._finish = finish
         self.pace = Pace(memory.chunk_size)
         self._reserve: float | None = None  # tokens that who runs will generate; None: not summed up in this step yet
+        self._num_gathering = 0  # steps in a row in which prompts could have started
         self.num_retractions = self.num_preemptions = 0
 
     def plan(self, step_id: int, *, in_flight: bool) -> Step:
@@ -155,12 +158,28 @@ class Planner:
 
         A prompt that would fill the step leaves up to half of it to short ones, unless it has precedence over them.
         """
+        begun, head = list(self._running.prefilling), self._queue.head()
+        if not begun and (head is None or self._gathers(head)):
+            return
         budget, self._reserve = self._prompt_budget(), None
-        begun, share = list(self._running.prefilling), budget // 2
+        share = budget // 2
         if begun and _num_left(begun[0]) > budget and share >= self._memory.unit:
             budget -= self._plan_prompts(begun[1:], share, step, begun[0])
             begun = [state for state in self._running.prefilling if state.last_step != step.step_id]
         self._plan_prompts(begun, budget, step)
+
+    def _gathers(self, head: RequestState) -> bool:
+        """Whether prompts wait for more to start with, for a few steps: a step with prompts has its price, how few."""
+        num_ready = min(self._memory.num_free_slots, len(self._queue))
+        few = 0 < num_ready < len(self._running.decoding) // GROUP
+        if not few or self._num_gathering == PATIENCE or head.request.streamed or self._is_read_along():
+            self._num_gathering = 0
+            return False
+        self._num_gathering += 1
+        return True
+
+    def _is_read_along(self) -> bool:
+        return any(state.request.streamed for state in self._running.decoding)
 
     def _may_share(self, head: RequestState, long: RequestState) -> bool:
         """Whether the queue's head is short, and `long`, which fills steps, has no precedence over it."""
@@ -193,8 +212,7 @@ class Planner:
         limit, num_streams = self.pace.max_prompt_tokens, len(self._running.decoding)
         num_waiting = len(self._running.prefilling) + len(self._queue)
         many_wait = num_waiting > max(FEW, num_streams // FEW)
-        streamed = any(state.request.streamed for state in self._running.decoding)
-        if limit is None or many_wait or not streamed or not self._options.mixes:
+        if limit is None or many_wait or not self._options.mixes or not self._is_read_along():
             return self._memory.chunk_size
         return min(self._memory.chunk_size, max(limit, self._memory.unit))
 

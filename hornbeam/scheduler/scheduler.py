@@ -105,11 +105,6 @@ class Scheduler:
         return self._paused
 
     @property
-    def num_in_flight(self) -> int:
-        """Planned steps whose results have not been applied."""
-        return len(self._in_flight)
-
-    @property
     def has_work(self) -> bool:
         """Some request has not finished, or some result is still to come."""
         return bool(self._states or self._in_flight)

@@ -139,7 +139,7 @@ class Programs(RuleBasedStateMachine):
     @rule()
     def flush(self) -> None:
         scheduler = self.simulation.scheduler
-        nobody_runs = not (scheduler.num_running or scheduler.num_in_flight)
+        nobody_runs = not (scheduler.num_running or self.simulation.results)
         assert scheduler.flush() == (nobody_runs and (scheduler.paused or not scheduler.num_waiting))
 
     @rule(mode=st.sampled_from(["in_place", "retract", "abort"]))

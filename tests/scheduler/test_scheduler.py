@@ -7,7 +7,7 @@ from hornbeam.config.components import CacheOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
 from hornbeam.core.errors import BadRequest, ConfigError, Overloaded
 from hornbeam.core.request import Finish, Request
-from hornbeam.scheduler.planning import OutputEstimate, Pace
+from hornbeam.scheduler.planning import GROUP, PATIENCE, OutputEstimate, Pace
 from hornbeam.scheduler.scheduler import Scheduler
 
 pytestmark = pytest.mark.pure
@@ -307,6 +307,33 @@ def test_short_prompts_do_not_wait_for_a_long_one(mixes: bool) -> None:
     assert min(len(chunk.token_ids) for _, chunk in chunks if chunk.slot == 0 and not chunk.samples) == 32
     full = [sum(len(chunk.token_ids) for chunk in plan.chunks) for plan in simulation.plans if plan.step_id < done[0]]
     assert all(num_tokens > 64 - 8 for num_tokens in full if num_tokens), "whole pages, else full steps"
+
+
+@pytest.mark.parametrize(
+    ("num_new", "options", "num_waited"),
+    [(1, {}, PATIENCE), (2, {}, 0), (1, {"streamed": True}, 0)],
+    ids=["one_waits", "a_group_starts", "a_reader_starts"],
+)
+def test_prompts_start_in_groups_where_nobody_reads_along(num_new: int, options: dict, num_waited: int) -> None:
+    simulation = Simulation(slots=2 * GROUP + 4, num_pages=2000, chunk=512)
+    simulation.submit(*(make(f"old{i}", tokens_of(i, 8), 100, ignore_eos=True) for i in range(2 * GROUP)))
+    simulation.step()
+    simulation.submit(*(make(f"new{i}", tokens_of(100 + i, 8), 5, ignore_eos=True, **options) for i in range(num_new)))
+    first = len(simulation.plans)
+    while not simulation.plans[-1].chunks or len(simulation.plans) == first:
+        simulation.step()
+    assert len(simulation.plans) - first - 1 == num_waited
+
+
+def test_who_does_not_read_along_hears_of_the_first_token_and_the_end() -> None:
+    simulation = Simulation()
+    simulation.submit(make("quiet", tokens_of(0, 8), 9, ignore_eos=True, told_each_step=False))
+    told = []
+    while simulation.scheduler.has_work:
+        before = len(simulation.tokens.get("quiet", ()))
+        simulation.step()
+        told.append(len(simulation.tokens.get("quiet", ())) - before)
+    assert [number for number in told if number] == [1, 8]
 
 
 def test_a_long_prompt_has_half_of_each_step_whatever_comes(monkeypatch: pytest.MonkeyPatch) -> None:
