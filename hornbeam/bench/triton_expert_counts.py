@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, early_launch, next_power_of_2
 
 _CHUNK = 2048  # pairs at a time
 _FEW = 64  # where there are no more: decode of few rows, whose steps are short
 
 
+@Kernel
 @triton.jit
 def _count_kernel(
     ids_ptr,
@@ -53,7 +54,7 @@ def count_experts_kernel(ids: Tensor, num_experts: int, missing: float, totals: 
         ids.numel(),
         math.log2(missing) if missing else -1000.0,
         EXPERTS=num_experts,
-        BINS=triton.next_power_of_2(num_experts + 1),
+        BINS=next_power_of_2(num_experts + 1),
         TOP_K=ids.shape[1],
         CHUNK=_FEW if few else _CHUNK,
         num_warps=1 if few else 8,

@@ -1,4 +1,4 @@
-"""How kernels are launched: on how many multiprocessors, and early.
+"""How kernels are launched: cheaply for the host, on how many multiprocessors, and early.
 
 Programmatic dependent launch: a kernel may begin before the one ahead of it has ended.
 
@@ -10,10 +10,71 @@ Short kernels tell their successors before they wait themselves, so that several
 fill the device, those would be in the way. Hopper and later.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from triton.runtime import JITFunction, driver
+
+
+class Kernel:
+    """A Triton kernel, to be launched as Triton launches it: `kernel[grid](*arguments, **constants)`.
+
+    Triton finds out at each launch which variant of a kernel suits it, which takes the host longer than most kernels
+    take the device. Here it does so once for launches that look alike: with the same constants, and with arguments of
+    the same kinds, as far as Triton tells them apart (types, alignment of addresses, ones and multiples of 16).
+    Constants follow the arguments, of which the first is a tensor. Triton's hooks see the first of such launches only.
+    """
+
+    def __init__(self, function: Any) -> None:
+        """Take what `triton.jit` returns; Triton's interpreter goes on as it does."""
+        self._function = function
+        self._compiles = isinstance(function, JITFunction)
+        self._params = [
+            (p.do_not_specialize, p.do_not_specialize_on_alignment) for p in getattr(function, "params", ())
+        ]
+        self._launches: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # by looks
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        launch: Callable[..., None] = partial(self._launch, grid) if self._compiles else self._function[grid]
+        return launch
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        device = arguments[0].get_device()
+        looks, values = [device, *constants, *constants.values()], []
+        for value, (plain, unaligned) in zip(arguments, self._params, strict=False):
+            if isinstance(value, Tensor):
+                looks.append(value.dtype)
+                value = value.data_ptr()  # so the driver is not asked whose address it is
+                looks.append(plain or unaligned or value % 16 == 0)
+            elif type(value) is int:
+                looks.append((value.bit_length() > 31, plain or (value == 1, value % 16 == 0)))
+            else:
+                looks.append(type(value))
+            values.append(value)
+        found = self._launches.get(key := tuple(looks))
+        if found is not None:
+            run, function, metadata, ordered = found
+            x, y, z = (*grid, 1, 1)[:3]
+            stream = driver.active.get_current_stream(device)
+            run(x, y, z, stream, function, metadata, None, None, None, *values, *ordered)
+            return
+        compiled = self._function[grid](*arguments, **constants)
+        if compiled is not None:  # a hook may have withheld it
+            ordered = [constants[name] for name in self._function.arg_names[len(arguments) :]]
+            self._launches[key] = compiled.run, compiled.function, compiled.packed_metadata, ordered
+
+
+def cdiv(number: int, size: int) -> int:
+    """Parts of `size` that hold `number`. Triton's own of this name takes microseconds."""
+    return -(-number // size)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is not less than `number`, which is positive."""
+    return 1 << (number - 1).bit_length()
 
 
 @cache

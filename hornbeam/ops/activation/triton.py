@@ -6,12 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, cdiv, early_launch
 from hornbeam.ops.query import OpQuery
 
 _BLOCK = 1024
 
 
+@Kernel
 @triton.jit
 def _gated_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr):
     """Rounds the activation before the product, as the reference does."""
@@ -54,7 +55,7 @@ def _gated(x: Tensor, *, gelu: bool) -> Tensor:
     assert x.is_contiguous()
     num_tokens, size = x.shape[0], x.shape[1] // 2
     out = torch.empty((num_tokens, size), dtype=x.dtype, device=x.device)
-    grid = (num_tokens, triton.cdiv(size, _BLOCK))
+    grid = (num_tokens, cdiv(size, _BLOCK))
     _gated_kernel[grid](x, out, SIZE=size, BLOCK=_BLOCK, GELU=gelu, **early_launch(x.device))
     return out
 

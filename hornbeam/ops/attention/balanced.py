@@ -20,7 +20,7 @@ from torch import Tensor
 from hornbeam.ops.attention.cascade import SHARE_FIELDS, TILE_FIELDS, Cascade
 from hornbeam.ops.attention.contract import Attend, AttentionShape, Fresh, Rows
 from hornbeam.ops.attention.paged_keys import BLOCK_KEYS, LOG2_E, add_block, finish
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, early_launch, next_power_of_2
 
 _PROGRAMS = 4  # per multiprocessor
 _BLOCK_ROWS = 256  # for any number of rows up to it the kernel is the same
@@ -30,6 +30,7 @@ _ROW_FIELDS: tl.constexpr = tl.constexpr(5)
 
 # Slots come out of an upload at any offset, and lists begin within one buffer: specialised on alignment, the kernels
 # would be compiled more than once.
+@Kernel
 @triton.jit(
     do_not_specialize=["num_rows"],
     do_not_specialize_on_alignment=[
@@ -113,6 +114,7 @@ def _list_kernel(
         tl.store(pieces_ptr + begin * PIECES + piece, listed, mask=piece < num_blocks * PIECES)
 
 
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr", "strips_ptr", "owners_ptr", "pieces_ptr"])
 def _decode_kernel(
     q_ptr,
@@ -249,6 +251,7 @@ def _add_parts(
     return merged, maximum, total
 
 
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr", "strips_ptr", "tiles_ptr", "tile_strips_ptr", "shares_ptr"])
 def _merge_kernel(
     out_ptr,
@@ -371,7 +374,7 @@ class BalancedDecode:
             HAS_SHARED=cascade is not None,
             PIECE=self._piece,
             BLOCK_KEYS=BLOCK_KEYS,
-            BLOCK_ROWS=max(_BLOCK_ROWS, triton.next_power_of_2(self._max_rows)),
+            BLOCK_ROWS=max(_BLOCK_ROWS, next_power_of_2(self._max_rows)),
             BLOCK=512,
         )
         key = num_queries, cascade is not None
@@ -418,7 +421,7 @@ class BalancedDecode:
             SOFT_CAP=shape.soft_cap or 0.0,
             HAS_SINKS=sinks is not None,
             PIECE=self._piece,
-            BLOCK=max(_LEAST_BLOCK, triton.next_power_of_2(packed)),
+            BLOCK=max(_LEAST_BLOCK, next_power_of_2(packed)),
             BLOCK_KEYS=BLOCK_KEYS,
             STAGES=2 if shape.dtype.itemsize == 2 else 1,  # keys and values of each stage wait in shared memory
             num_warps=self._num_warps,

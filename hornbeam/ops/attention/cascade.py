@@ -16,7 +16,7 @@ from torch import Tensor
 from hornbeam.core.plan import SharedPrefix
 from hornbeam.ops.attention.contract import AttentionShape
 from hornbeam.ops.attention.paged_keys import BLOCK_KEYS, attend_keys
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, early_launch, next_power_of_2
 
 _PROGRAMS = 2  # per multiprocessor
 _BLOCK_QUERIES = 64  # packed queries of a tile: rows times the heads of a group
@@ -26,6 +26,7 @@ SHARE_FIELDS: tl.constexpr = tl.constexpr(3)
 
 
 # Lists begin within one buffer: specialised on alignment, the kernel would be compiled more than once.
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["tiles_ptr", "strips_ptr", "members_ptr"])
 def _shared_kernel(
     q_ptr,
@@ -118,7 +119,7 @@ class Cascade:
     def __init__(self, shape: AttentionShape, max_rows: int, num_processors: int) -> None:
         self._shape = shape
         self._group = shape.num_heads // shape.num_kv_heads
-        self.block = max(_BLOCK_QUERIES, triton.next_power_of_2(self._group))
+        self.block = max(_BLOCK_QUERIES, next_power_of_2(self._group))
         self._tile_rows = self.block // self._group
         self._num_strips = max(1, _PROGRAMS * num_processors // shape.num_kv_heads)
         self._shared: Sequence[SharedPrefix] = ()

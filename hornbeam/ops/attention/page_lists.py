@@ -13,9 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.attention.contract import AttentionShape, Rows
+from hornbeam.ops.launch import Kernel
 
 
 # Slots come out of an upload at any offset: specialised on alignment, the kernel would be compiled twice.
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _fill_kernel(
     page_tables_ptr,

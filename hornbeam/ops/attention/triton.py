@@ -19,7 +19,7 @@ from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, F
 from hornbeam.ops.attention.paged_keys import BLOCK_KEYS, LOG2_E, attend_keys
 from hornbeam.ops.attention.triton_row import plan_row
 from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import early_launch, num_multiprocessors
+from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2, num_multiprocessors
 from hornbeam.ops.query import OpQuery
 
 _DECODE_BLOCK = 16  # packed queries of a single row: the least that the matrix units take
@@ -30,6 +30,7 @@ _PREFILL_SPLITS = 4  # of a recorded prefill: one number for all, so that the ke
 
 
 # Slots come out of an upload at any offset: specialised on alignment, the kernel would be compiled twice.
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _attend_kernel(
     q_ptr,
@@ -124,6 +125,7 @@ def _attend_kernel(
         tl.store(lse_ptr + part, lse, mask=valid)
 
 
+@Kernel
 @triton.jit
 def _merge_kernel(parts_ptr, lse_ptr, out_ptr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, EARLY: tl.constexpr):
     """Combine the parts of one token and head, weighted by their shares of the sum of exponentials."""
@@ -170,8 +172,8 @@ class TritonAttention:
         most_keys = shape.max_pages * shape.page_size if shape.window is None else shape.window
         num_splits = min(
             _MAX_SPLITS,
-            triton.next_power_of_2(triton.cdiv(_PROGRAMS, shape.num_kv_heads)),
-            triton.next_power_of_2(triton.cdiv(most_keys, BLOCK_KEYS)),
+            next_power_of_2(cdiv(_PROGRAMS, shape.num_kv_heads)),
+            next_power_of_2(cdiv(most_keys, BLOCK_KEYS)),
         )
         attend = self._attend(rows, self._row_tile, 1, num_splits)
         if shape.head_dim < 2 * _DECODE_BLOCK:
@@ -181,13 +183,13 @@ class TritonAttention:
     def plan_prefill(self, rows: Rows) -> Attend:
         """See `Attention`."""
         group = self._shape.num_heads // self._shape.num_kv_heads
-        tile_len = max(_PREFILL_BLOCK, triton.next_power_of_2(group)) // group
+        tile_len = max(_PREFILL_BLOCK, next_power_of_2(group)) // group
         listed = tiles(rows.query_lens, tile_len)
         if not rows.captured:
             return self._attend(rows, self._upload(listed), tile_len, num_splits=1)
         num_queries = sum(rows.query_lens)
         if num_queries not in self._captured_prefills:
-            most_tiles = triton.cdiv(num_queries, tile_len) + len(rows.query_lens) - 1
+            most_tiles = cdiv(num_queries, tile_len) + len(rows.query_lens) - 1
             buffer = torch.zeros((most_tiles, 3), dtype=torch.int32, device=self._shape.device)
             attend = self._attend(rows, buffer, tile_len, _PREFILL_SPLITS)
             self._captured_prefills[num_queries] = buffer, attend
@@ -202,7 +204,7 @@ class TritonAttention:
     def _attend(self, rows: Rows, tiles: Tensor, tile_len: int, num_splits: int) -> Attend:
         shape = self._shape
         group = shape.num_heads // shape.num_kv_heads
-        block = max(_DECODE_BLOCK, triton.next_power_of_2(tile_len * group))
+        block = max(_DECODE_BLOCK, next_power_of_2(tile_len * group))
         early = early_launch(shape.device)
         is_single = len(rows.query_lens) == 1 and block == _DECODE_BLOCK
         num_stages = 1  # keys and values of each stage wait in shared memory

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hornbeam.ops.attention.contract import AttentionShape, Rows
 from hornbeam.ops.attention.paged_keys import LOG2_E, to_base_2
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2
 from hornbeam.ops.qkv.contract import HeadNorms, Rotation
 from hornbeam.ops.qkv.triton import normalised
 
@@ -91,6 +91,7 @@ def _attend_block(
 
 
 # Slots come out of an upload at any offset: specialised on alignment, the kernel would be compiled twice.
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _row_attend_kernel(
     q_ptr,
@@ -203,8 +204,8 @@ def plan_row(shape: AttentionShape, rows: Rows, merge_parts: MergeParts) -> Call
     most_keys = shape.max_pages * shape.page_size if shape.window is None else shape.window
     num_splits = min(
         _MAX_SPLITS,
-        triton.next_power_of_2(triton.cdiv(_PROGRAMS, shape.num_kv_heads)),
-        triton.next_power_of_2(triton.cdiv(most_keys, block_keys)),
+        next_power_of_2(cdiv(_PROGRAMS, shape.num_kv_heads)),
+        next_power_of_2(cdiv(most_keys, block_keys)),
     )
     return partial(_run, shape, rows, merge_parts, block_keys, num_splits)
 
@@ -262,7 +263,7 @@ def _run(
         ROTATED=rotation is not None,
         HAS_SINKS=sinks is not None,
         NUM_SPLITS=num_splits,
-        BLOCK=max(_LEAST_BLOCK, triton.next_power_of_2(shape.num_heads // shape.num_kv_heads)),
+        BLOCK=max(_LEAST_BLOCK, next_power_of_2(shape.num_heads // shape.num_kv_heads)),
         BLOCK_KEYS=block_keys,
         num_warps=_WARPS,
         num_stages=1,

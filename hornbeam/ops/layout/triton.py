@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.launch import Kernel
 from hornbeam.ops.layout.contract import PlannedTokens, SlotTables, StepTokens
 from hornbeam.ops.query import OpQuery
 
@@ -14,6 +15,7 @@ _PLANNED = ["planned_slots_ptr", "planned_ids_ptr", "planned_positions_ptr", "en
 
 
 # The plan comes out of an upload at any offset: specialised on alignment, the kernel would be compiled many times.
+@Kernel
 @triton.jit(
     do_not_specialize=["num_decode", "num_planned", "num_tokens", "num_rows", "num_granted", "cache_rows_stride"],
     do_not_specialize_on_alignment=_PLANNED,

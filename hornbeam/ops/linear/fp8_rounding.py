@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2
 from hornbeam.ops.linear.contract import SCALE_BLOCK, InputNorm
 
 _GROUPS = 8  # that a program rounds
@@ -35,6 +35,7 @@ def _store_rounded(x, out_ptr, scales_ptr, row, groups, scale_stride, SIZE: tl.c
     tl.store(scales_ptr + groups.to(tl.int64) * scale_stride + row, scales, mask=groups * 128 < SIZE)
 
 
+@Kernel
 @triton.jit
 def _round_kernel(
     x_ptr,
@@ -66,6 +67,7 @@ def _round_kernel(
     _store_rounded(wide, out_ptr, scales_ptr, row, groups, scale_stride, SIZE, POWER_OF_TWO)
 
 
+@Kernel
 @triton.jit
 def _round_normed_kernel(
     x_ptr,
@@ -112,8 +114,8 @@ def round_rows(x: Tensor, *, power_of_two: bool, gated: bool = False) -> tuple[T
     num_rows, size = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     assert x.stride(1) == 1, "features must be adjacent"
     out, scales = _empty_rounded(x, num_rows, size)
-    groups = min(_GROUPS, triton.next_power_of_2(scales.shape[1]))
-    _round_kernel[(num_rows, triton.cdiv(scales.shape[1], groups))](
+    groups = min(_GROUPS, next_power_of_2(scales.shape[1]))
+    _round_kernel[(num_rows, cdiv(scales.shape[1], groups))](
         x,
         out,
         scales,
@@ -137,7 +139,7 @@ def round_normed(
     assert residual is None or residual.is_contiguous()
     total = x if residual is None else torch.empty_like(residual)
     out, scales = _empty_rounded(x, num_rows, size)
-    groups = triton.next_power_of_2(scales.shape[1])
+    groups = next_power_of_2(scales.shape[1])
     _round_normed_kernel[(num_rows,)](
         x,
         x if residual is None else residual,

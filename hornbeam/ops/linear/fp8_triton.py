@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, cdiv, early_launch
 from hornbeam.ops.linear.contract import SCALE_BLOCK, Fp8Weight, InputNorm
 from hornbeam.ops.linear.fp8_rounding import round_normed, round_rows
 from hornbeam.ops.query import OpQuery
@@ -33,6 +33,7 @@ def _fetch(lines):
     )
 
 
+@Kernel
 @triton.jit(do_not_specialize=["num_rows"])
 def _tile_kernel(
     x_ptr,
@@ -155,7 +156,7 @@ def _product(x: Tensor, rounded: tuple[Tensor, Tensor], weight: Fp8Weight, bias:
     if not num_rows:
         return out
     tile = choose_tile(num_rows, num_in, num_out)
-    num_tiles = triton.cdiv(num_out, tile.block_n) * triton.cdiv(num_rows, tile.rows)
+    num_tiles = cdiv(num_out, tile.block_n) * cdiv(num_rows, tile.rows)
     parts, counters = out, _counters(x.device)
     if tile.splits > 1:
         assert num_tiles <= len(counters)
@@ -223,7 +224,7 @@ class Fp8Tile:
 def choose_tile(num_rows: int, num_in: int, num_out: int) -> Fp8Tile:
     """Few rows: enough programs to read weights from all of memory at once. By searches on an H200."""
     rows = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
-    num_tiles = triton.cdiv(num_out, SCALE_BLOCK) * triton.cdiv(num_rows, rows)
+    num_tiles = cdiv(num_out, SCALE_BLOCK) * cdiv(num_rows, rows)
     most = num_in // SCALE_BLOCK // _LEAST_GROUPS
     return Fp8Tile(block_n=128, rows=rows, splits=max(1, min(most, _PROGRAMS // num_tiles)))
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2
 from hornbeam.ops.linear.algorithms import LibraryProducts
 from hornbeam.ops.linear.contract import InputNorm
 from hornbeam.ops.query import OpQuery
@@ -72,6 +72,7 @@ def _accumulate(
     return total, up_total, squares
 
 
+@Kernel
 @triton.jit
 def _row_kernel(
     x_ptr,
@@ -144,6 +145,7 @@ def _load_rows(pointers, present, inside, EVEN: tl.constexpr):
     return tl.load(pointers, mask=present[None, :] & inside[:, None], other=0.0)
 
 
+@Kernel
 @triton.jit
 def _rows_kernel(
     x_ptr,
@@ -273,7 +275,7 @@ def _single_row(
     total = x if residual is None else torch.empty((1, num_in), dtype=x.dtype, device=x.device)
     tile = _single_row_tile(num_in, num_out) if norm is None else _normed_tile(num_in, gated)
     block_n, block_k, num_warps = tile
-    _row_kernel[(triton.cdiv(num_out, block_n),)](
+    _row_kernel[(cdiv(num_out, block_n),)](
         x,
         x if residual is None else residual,
         weight if norm is None else norm.weight,
@@ -302,7 +304,7 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert x.stride(1) == 1
     out = torch.empty((num_rows, num_out), dtype=x.dtype, device=x.device)
     block_n, block_k, num_warps = _few_rows_tile(num_in, num_out)
-    _rows_kernel[(triton.cdiv(num_out, block_n),)](
+    _rows_kernel[(cdiv(num_out, block_n),)](
         x,
         weight,
         weight if bias is None else bias,
@@ -348,7 +350,7 @@ def _normed_tile(num_in: int, gated: bool) -> tuple[int, int, int]:
 def _stretch(num_in: int, most: int) -> int:
     """The largest power of two up to `most` that divides the inputs, unless that is small: masks cost less then."""
     divisor = num_in & -num_in
-    return min(most, divisor if divisor >= 256 else triton.next_power_of_2(num_in))
+    return min(most, divisor if divisor >= 256 else next_power_of_2(num_in))
 
 
 def _few_rows_tile(num_in: int, num_out: int) -> tuple[int, int, int]:

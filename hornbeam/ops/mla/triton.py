@@ -17,7 +17,7 @@ from torch import Tensor
 from hornbeam.ops.attention.contract import Attention, AttentionShape, LatentAttend, Rows
 from hornbeam.ops.attention.triton import merge_parts, tiles
 from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2
 from hornbeam.ops.mla.prefill import LatentPrefill, values_of
 from hornbeam.ops.mla.triton_ragged import TritonRagged
 from hornbeam.ops.query import OpQuery
@@ -32,6 +32,7 @@ _BLOCK_KEYS = 64
 
 
 # Slots come out of an upload at any offset: specialised on alignment, the kernel would be compiled twice.
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _attend_kernel(
     q_ptr,
@@ -122,6 +123,7 @@ def _attend_kernel(
         tl.store(lse_ptr + part, maximum + tl.log2(divisor), mask=valid)
 
 
+@Kernel
 @triton.jit
 def _values_kernel(
     parts_ptr,
@@ -176,8 +178,8 @@ class _Tiling:
     def of(cls, num_heads: int, queries: int | None, dtype: torch.dtype) -> "_Tiling":
         """queries: of a row, the same for all; None: they differ, and a tile takes as many as there is room for."""
         most = _TILE if dtype.itemsize == 2 and queries is None else _LEAST_TILE
-        heads = min(most, triton.next_power_of_2(num_heads))
-        return cls(queries=queries or most // heads, heads=heads, head_blocks=triton.cdiv(num_heads, heads))
+        heads = min(most, next_power_of_2(num_heads))
+        return cls(queries=queries or most // heads, heads=heads, head_blocks=cdiv(num_heads, heads))
 
 
 class TritonLatentAttention:
@@ -202,7 +204,7 @@ class TritonLatentAttention:
             self._decode_tiles[num_queries] = self._upload(tiles((num_queries,) * self._max_rows, num_queries))
         tiling = _Tiling.of(self._shape.num_heads, num_queries, self._shape.dtype)
         programs = num_rows * tiling.head_blocks
-        num_splits = min(_MAX_SPLITS, triton.next_power_of_2(triton.cdiv(_PROGRAMS, programs)))
+        num_splits = min(_MAX_SPLITS, next_power_of_2(cdiv(_PROGRAMS, programs)))
         attend = self._attend(rows, self._decode_tiles[num_queries][:num_rows], tiling, num_splits)
         if rows.captured:
             self._captured[num_rows, num_queries] = attend
@@ -222,7 +224,7 @@ class TritonLatentAttention:
 
     def _attend(self, rows: Rows, tiles: Tensor, tiling: _Tiling, num_splits: int) -> LatentAttend:
         shape, sizes = self._shape, self._sizes
-        block = max(_LEAST_TILE, triton.next_power_of_2(tiling.queries) * tiling.heads)
+        block = max(_LEAST_TILE, next_power_of_2(tiling.queries) * tiling.heads)
         early = early_launch(shape.device)
         half = shape.dtype.itemsize == 2
         grid = len(tiles), tiling.head_blocks, num_splits
@@ -249,7 +251,7 @@ class TritonLatentAttention:
                 HEADS=tiling.heads,
                 RANK=sizes.rank,
                 ROPE_DIM=sizes.rope_dim,
-                ROPE_BLOCK=max(16, triton.next_power_of_2(sizes.rope_dim)),
+                ROPE_BLOCK=max(16, next_power_of_2(sizes.rope_dim)),
                 PAGE_SIZE=shape.page_size,
                 NUM_SPLITS=num_splits,
                 BLOCK=block,
@@ -271,7 +273,7 @@ class TritonLatentAttention:
         num_tokens, num_heads, num_splits, rank = parts.shape
         sizes = self._sizes
         out = up.new_empty(num_tokens, num_heads, sizes.value_dim)
-        _values_kernel[(num_tokens, num_heads, triton.cdiv(sizes.value_dim, _BLOCK_VALUES))](
+        _values_kernel[(num_tokens, num_heads, cdiv(sizes.value_dim, _BLOCK_VALUES))](
             parts,
             lse,
             up,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.attention.contract import AttentionShape
+from hornbeam.ops.launch import Kernel, cdiv, next_power_of_2
 from hornbeam.ops.mla.contract import RaggedAttend, Stretch
 
 _BLOCK_QUERIES = 64
@@ -20,6 +21,7 @@ _BLOCK_KEYS = 64
 _MERGED_ROWS = 16  # of queries and heads, per program
 
 
+@Kernel
 @triton.jit
 def _ragged_kernel(
     q_ptr,
@@ -97,6 +99,7 @@ def _ragged_kernel(
     tl.store(lse_ptr + part, maximum + tl.log2(divisor), mask=valid)
 
 
+@Kernel
 @triton.jit
 def _merge_kernel(
     out_ptr, lse_ptr, other_ptr, other_lse_ptr, num_rows, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
@@ -126,14 +129,14 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     assert other.is_contiguous()
     assert lse.is_contiguous()
     assert other_lse.is_contiguous()
-    _merge_kernel[(triton.cdiv(lse.numel(), _MERGED_ROWS),)](
+    _merge_kernel[(cdiv(lse.numel(), _MERGED_ROWS),)](
         out,
         lse,
         other,
         other_lse,
         lse.numel(),
         DIM=out.shape[2],
-        BLOCK=triton.next_power_of_2(out.shape[2]),
+        BLOCK=next_power_of_2(out.shape[2]),
         ROWS=_MERGED_ROWS,
     )
 
@@ -159,7 +162,7 @@ class TritonRagged:
         sizes = self._sizes
         blocks: dict[str, int] = {}
         for name, size in (("NOPE", sizes.nope_dim), ("ROPE", sizes.rope_dim), ("VALUE", sizes.value_dim)):
-            blocks |= {f"{name}_DIM": size, f"{name}_BLOCK": max(16, triton.next_power_of_2(size))}
+            blocks |= {f"{name}_DIM": size, f"{name}_BLOCK": max(16, next_power_of_2(size))}
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             assert q.stride(2) == k.stride(2) == v.stride(2) == 1

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2
 from hornbeam.ops.linear.contract import InputNorm
 from hornbeam.ops.qkv.contract import Rotation
 from hornbeam.ops.query import OpQuery
@@ -69,6 +69,7 @@ def _store_row(
 _ANY_ALIGNMENT = ["positions_ptr", "rows_ptr"]
 
 
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _store_kernel(
     q_ptr,
@@ -111,6 +112,7 @@ def _store_kernel(
         _turn(x, x, table + 0 * heads, heads < NUM_HEADS, HALF, HALF_BLOCK, HEADS)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _absorb_kernel(
     q_ptr,
@@ -189,8 +191,8 @@ class TritonRows:
         _check(q, row, pages)
         num_tokens, num_heads, width = q.shape
         half = rotation.table.shape[1] // 2
-        heads = min(16, triton.next_power_of_2(num_heads))
-        _store_kernel[(num_tokens, 1 + triton.cdiv(num_heads, heads))](
+        heads = min(16, next_power_of_2(num_heads))
+        _store_kernel[(num_tokens, 1 + cdiv(num_heads, heads))](
             q,
             row,
             norm.weight,
@@ -207,8 +209,8 @@ class TritonRows:
             RANK=len(norm.weight),
             HALF=half,
             HEADS=heads,
-            RANK_BLOCK=triton.next_power_of_2(len(norm.weight)),
-            HALF_BLOCK=triton.next_power_of_2(half),
+            RANK_BLOCK=next_power_of_2(len(norm.weight)),
+            HALF_BLOCK=next_power_of_2(half),
             num_warps=2,
             **early_launch(q.device),
         )
@@ -223,8 +225,8 @@ class TritonRows:
         half, rank = rotation.table.shape[1] // 2, len(norm.weight)
         out = q.new_empty(num_tokens, num_heads, rank + 2 * half)
         block_tokens = _block_tokens(num_tokens, num_heads)
-        num_parts = triton.cdiv(rank, _BLOCK_FEATURES)
-        _absorb_kernel[(num_heads + 1, num_parts, triton.cdiv(num_tokens, block_tokens))](
+        num_parts = cdiv(rank, _BLOCK_FEATURES)
+        _absorb_kernel[(num_heads + 1, num_parts, cdiv(num_tokens, block_tokens))](
             q,
             row,
             norm.weight,
@@ -244,12 +246,12 @@ class TritonRows:
             NOPE_DIM=width - 2 * half,
             RANK=rank,
             HALF=half,
-            NOPE_BLOCK=max(16, triton.next_power_of_2(width - 2 * half)),
-            RANK_BLOCK=triton.next_power_of_2(rank),
-            HALF_BLOCK=triton.next_power_of_2(half),
+            NOPE_BLOCK=max(16, next_power_of_2(width - 2 * half)),
+            RANK_BLOCK=next_power_of_2(rank),
+            HALF_BLOCK=next_power_of_2(half),
             BLOCK=_BLOCK_FEATURES,
             BLOCK_TOKENS=block_tokens,
-            ROWS=triton.next_power_of_2(triton.cdiv(block_tokens, num_parts)),
+            ROWS=next_power_of_2(cdiv(block_tokens, num_parts)),
             **early_launch(q.device),
         )
         return out

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hornbeam.core.fp8 import Fp8Format
 from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import early_launch, num_multiprocessors
+from hornbeam.ops.launch import Kernel, cdiv, early_launch, num_multiprocessors
 from hornbeam.ops.linear.contract import SCALE_BLOCK
 from hornbeam.ops.linear.fp8_rounding import round_rows
 from hornbeam.ops.moe.contract import Experts, ExpertsShape, ExpertWeights, GatedUnit
@@ -128,6 +128,7 @@ def _product_kernel(
         tl.store(out_rows + columns[None, :], out.to(dtype), mask=stored[:, None] & inside[None, :])
 
 
+@Kernel
 @triton.jit(do_not_specialize=["has_base"])
 def _sum_kernel(
     parts_ptr,
@@ -225,7 +226,7 @@ class TritonExperts:
         parts = x.new_empty((ids.numel(), shape.hidden_size))
         down = StackedWeights(experts.down, experts.down_bias, experts.down_scales, shape.fp8)
         multiply_pairs(inner, down, parts, order, tiles.down)
-        grid = (len(x), triton.cdiv(shape.hidden_size, _SUM_BLOCK))
+        grid = (len(x), cdiv(shape.hidden_size, _SUM_BLOCK))
         _sum_kernel[grid](
             parts,
             weights,
@@ -266,7 +267,7 @@ def multiply_pairs(
     parts, values = 1 if unit is None else 2, unit or GatedUnit()
     num_experts, num_rows, num_features = weights.values.shape
     stacked = weights.values.view(num_experts * parts, num_rows // parts, num_features)
-    num_tiles = len(order.experts) * triton.cdiv(stacked.shape[1], tile.block_n)
+    num_tiles = len(order.experts) * cdiv(stacked.shape[1], tile.block_n)
     num_programs = min(num_tiles, tile.programs * num_multiprocessors(out.device)) if tile.programs else num_tiles
     _product_kernel[(num_programs,)](
         TensorDescriptor.from_tensor(x, [order.block_m, block_k]) if unit is None else x,

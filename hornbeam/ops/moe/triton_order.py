@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2
 
 _CHUNK = 2048  # pairs that a program looks at together
 _SMALL_CHUNK = 256  # if there are no more
@@ -41,6 +41,7 @@ def _histogram(ids_ptr, first, end, CHUNK: tl.constexpr, EXPERTS: tl.constexpr, 
     return tl.where(tl.arange(0, BINS) < EXPERTS, counts, 0)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["num_pairs", "span"])
 def _count_kernel(
     ids_ptr,
@@ -64,6 +65,7 @@ def _count_kernel(
     tl.store(counts_ptr + tl.program_id(0) * BINS + tl.arange(0, BINS), counts)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["num_pairs", "span"])
 def _order_kernel(
     ids_ptr,
@@ -127,11 +129,11 @@ def order_by_expert(ids: Tensor, num_experts: int, block_m: int) -> Order:
         num_pairs=num_pairs,
         top_k=ids.shape[1],
     )
-    bins = triton.next_power_of_2(num_experts + 1)
+    bins = next_power_of_2(num_experts + 1)
     counts, segments, chunk = ids, 1, _SMALL_CHUNK if num_pairs <= _SMALL_CHUNK else _CHUNK
     if num_pairs > _CHUNK:
         counts, segments = ids.new_empty(_SEGMENTS, bins), _SEGMENTS
-    span = triton.cdiv(num_pairs, segments * chunk) * chunk
+    span = cdiv(num_pairs, segments * chunk) * chunk
     early = early_launch(ids.device)
     if segments > 1:
         _count_kernel[(segments,)](ids, counts, num_pairs, span, EXPERTS=num_experts, BINS=bins, CHUNK=chunk, **early)

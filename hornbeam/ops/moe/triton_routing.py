@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, early_launch, next_power_of_2
 from hornbeam.ops.moe.contract import RoutingRule
 from hornbeam.ops.query import OpQuery
 
@@ -38,6 +38,7 @@ def _of_best_groups(
     return tl.where(kept, choice, float("-inf"))
 
 
+@Kernel
 @triton.jit
 def _route_kernel(
     logits_ptr,
@@ -128,7 +129,7 @@ class TritonRouting:
         ids = torch.empty((num_tokens, rule.top_k), dtype=torch.int32, device=logits.device)
         if num_tokens == 0:
             return weights, ids
-        block = triton.next_power_of_2(num_experts)
+        block = next_power_of_2(num_experts)
         _route_kernel[(num_tokens,)](
             logits,
             logits if correction is None else correction,
@@ -149,8 +150,8 @@ class TritonRouting:
             MAPPED=expert_map is not None,
             PADDED=padding is not None,
             EXPERT_BLOCK=block,
-            SLOT_BLOCK=triton.next_power_of_2(rule.top_k),
-            GROUP_BLOCK=triton.next_power_of_2(rule.num_groups),
+            SLOT_BLOCK=next_power_of_2(rule.top_k),
+            GROUP_BLOCK=next_power_of_2(rule.num_groups),
             num_warps=1,
             **early_launch(logits.device),
         )

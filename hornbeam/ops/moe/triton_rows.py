@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2
 from hornbeam.ops.moe.contract import ExpertWeights, GatedUnit
 from hornbeam.ops.moe.triton_unit import gated
 
@@ -26,6 +26,7 @@ def _load_weights(pointers, valid, features, K: tl.constexpr, EVEN: tl.constexpr
     return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first" if ONCE else "").to(tl.float32)
 
 
+@Kernel
 @triton.jit
 def _gate_up_kernel(
     x_ptr,
@@ -73,6 +74,7 @@ def _gate_up_kernel(
     tl.store(out_ptr + pair.to(tl.int64) * N + columns, out.to(dtype), mask=valid)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["has_base"])
 def _down_kernel(
     inner_ptr,
@@ -133,7 +135,7 @@ def run_few_tokens(
     early = early_launch(x.device)
     inner, out = x.new_empty(ids.numel(), num_inner), torch.empty_like(x)
     block_n, block_k, num_warps = _gate_up_tile(hidden)
-    _gate_up_kernel[(ids.numel(), triton.cdiv(num_inner, block_n))](
+    _gate_up_kernel[(ids.numel(), cdiv(num_inner, block_n))](
         x,
         ids,
         experts.gate_up,
@@ -153,7 +155,7 @@ def run_few_tokens(
         **early,
     )
     block_n, block_k, num_warps = _down_tile(num_inner)
-    _down_kernel[(num_tokens, triton.cdiv(hidden, block_n))](
+    _down_kernel[(num_tokens, cdiv(hidden, block_n))](
         inner,
         shares,
         ids,
@@ -192,4 +194,4 @@ def _down_tile(num_in: int) -> tuple[int, int, int]:
 def _stretch(num_in: int, most: int) -> int:
     """The largest power of two up to `most` that divides the inputs, unless that is small: masks cost less then."""
     divisor = num_in & -num_in
-    return min(most, divisor if divisor >= 128 else triton.next_power_of_2(num_in))
+    return min(most, divisor if divisor >= 128 else next_power_of_2(num_in))

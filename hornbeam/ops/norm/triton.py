@@ -6,10 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, early_launch, next_power_of_2
 from hornbeam.ops.query import OpQuery
 
 
+@Kernel
 @triton.jit
 def _rms_norm_kernel(
     x_ptr,
@@ -63,7 +64,7 @@ def _launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, add: boo
     assert x.stride(1) == 1, "features must be adjacent"
     assert not add or residual.is_contiguous()
     out = torch.empty((num_tokens, size), dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     _rms_norm_kernel[(num_tokens,)](
         x,
         residual,

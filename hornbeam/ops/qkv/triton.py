@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import early_launch
+from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2
 from hornbeam.ops.qkv.contract import HeadNorms, Rotation
 from hornbeam.ops.query import OpQuery
 
@@ -79,6 +79,7 @@ def _prepare_heads(
         tl.store(pages_ptr + 2 * FIRST + rest, tail, mask=inside_rest)
 
 
+@Kernel
 @triton.jit
 def _store_kernel(
     q_ptr,
@@ -166,8 +167,8 @@ class TritonQkv:
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads = k.shape[1]
         first = (rotation.table.shape[1] if rotation else head_dim) // 2
-        heads = min(_MAX_HEADS, triton.next_power_of_2(num_kv_heads))
-        num_parts = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
+        heads = min(_MAX_HEADS, next_power_of_2(num_kv_heads))
+        num_parts = cdiv(num_heads, heads) + 2 * cdiv(num_kv_heads, heads)
         _store_kernel[(num_tokens, num_parts)](
             q,
             k,
@@ -192,8 +193,8 @@ class TritonQkv:
             ROTATED=rotation is not None,
             FIRST=first,
             HEADS=heads,
-            HALF_BLOCK=triton.next_power_of_2(first),
-            REST_BLOCK=triton.next_power_of_2(max(head_dim - 2 * first, 1)),
+            HALF_BLOCK=next_power_of_2(first),
+            REST_BLOCK=next_power_of_2(max(head_dim - 2 * first, 1)),
             NORM=norms is not None,
             num_warps=2,
             **early_launch(q.device),

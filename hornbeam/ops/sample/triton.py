@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hornbeam.ops.device import needs_cuda
+from hornbeam.ops.launch import Kernel, cdiv, next_power_of_2
 from hornbeam.ops.query import OpQuery
 from hornbeam.ops.sample.contract import GENERATED
 
@@ -76,6 +77,7 @@ def _logits(row_ptr, tokens, threshold_ptr, VOCAB_SIZE: tl.constexpr, FILTERED: 
 
 # Slots come out of an upload at any offset, and what requests ask for is rows of one table: specialised on alignment,
 # kernels would be compiled several times.
+@Kernel
 @triton.jit(
     do_not_specialize=["num_rows", "rows_per_program", "num_blocks"],
     do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"],
@@ -123,6 +125,7 @@ def _bound_kernel(
         tl.store(bounds_ptr + row * num_blocks + block, bound)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])
 def _choose_kernel(
     logits_ptr,
@@ -236,6 +239,7 @@ def _mass(row_ptr, low, top, temperature, VOCAB_SIZE: tl.constexpr, BLOCK: tl.co
     return tl.sum(sums, 0)
 
 
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["temperatures_ptr", "top_ks_ptr", "top_ps_ptr", "min_ps_ptr"])
 def _threshold_kernel(
     logits_ptr,
@@ -273,6 +277,7 @@ def _threshold_kernel(
     tl.store(out_ptr + row, threshold)
 
 
+@Kernel
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr", "repetition_ptr", "frequency_ptr", "presence_ptr"])
 def _penalty_kernel(
     logits_ptr,
@@ -321,13 +326,13 @@ class TritonSample:
         """See `Sample`."""
         assert logits.stride(1) == 1, "a row's logits must be adjacent"
         num_rows, vocab_size = logits.shape
-        num_blocks = triton.cdiv(vocab_size, _BLOCK)
+        num_blocks = cdiv(vocab_size, _BLOCK)
         bounds = torch.empty((num_rows, num_blocks), dtype=torch.float32, device=logits.device)
         out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         rows = logits, slots, positions, temperatures, seeds, temperatures if thresholds is None else thresholds
         sizes = {"VOCAB_SIZE": vocab_size, "FILTERED": thresholds is not None, "BLOCK": _BLOCK}
         rows_per_program = min(max(num_rows * num_blocks // _PROGRAMS, 1), _MAX_ROWS)
-        _bound_kernel[(num_blocks, triton.cdiv(num_rows, rows_per_program))](
+        _bound_kernel[(num_blocks, cdiv(num_rows, rows_per_program))](
             *rows, bounds, logits.stride(0), num_rows, rows_per_program, num_blocks, **sizes, num_warps=2
         )
         _choose_kernel[(num_rows,)](
@@ -338,7 +343,7 @@ class TritonSample:
             logits.stride(0),
             num_blocks,
             **sizes,
-            BLOCKS=triton.next_power_of_2(num_blocks),
+            BLOCKS=next_power_of_2(num_blocks),
             num_warps=8,
         )
         return out
@@ -359,7 +364,7 @@ class TritonSample:
             out,
             logits.stride(0),
             VOCAB_SIZE=vocab_size,
-            BLOCK=min(_SEARCH_BLOCK, triton.next_power_of_2(vocab_size)),
+            BLOCK=min(_SEARCH_BLOCK, next_power_of_2(vocab_size)),
             num_warps=16,
         )
         return out
@@ -371,7 +376,7 @@ class TritonSample:
         assert logits.stride(1) == 1, "a row's logits must be adjacent"
         num_rows, vocab_size = logits.shape
         out = torch.empty((num_rows, vocab_size), dtype=torch.float32, device=logits.device)
-        _penalty_kernel[(num_rows, triton.cdiv(vocab_size, _BLOCK))](
+        _penalty_kernel[(num_rows, cdiv(vocab_size, _BLOCK))](
             logits,
             slots,
             counts,
