@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -80,6 +81,8 @@ async def _serve(serving: Serving, metrics: "Metrics | None", listener: socket.s
 
 async def _start(serving: Serving, listener: socket.socket) -> None:
     await serving.start()
+    gc.collect()
+    gc.freeze()  # what the start has made stays: no request shall wait while it is searched for garbage
     host, port = listener.getsockname()[:2]
     logger.info("The server is ready at http://%s:%d", f"[{host}]" if ":" in host else host, port)
 

@@ -1,6 +1,7 @@
 """The loop with the real scheduler, through a link that records."""
 
 import dataclasses
+import gc
 import subprocess
 import sys
 import threading
@@ -211,6 +212,13 @@ def test_commands_do_not_wait_for_a_long_step(monkeypatch):
     assert time.monotonic() - started < 0.4
     assert engine.event() == envelope.Pulse()
     engine.stop()
+
+
+def test_what_the_start_has_made_is_not_searched_for_garbage():
+    engine = RunningEngine()
+    assert gc.get_freeze_count() > 0
+    engine.stop()
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_slow_launch_counts_for_the_step_that_is_launched(monkeypatch):
