@@ -2,9 +2,8 @@
 
 Decode runs on tensor cores for every group size: it reads the cache once, and so is bound by memory all the same. Each
 batch size has a wrapper in graph mode, captured or not, so that a step gives the same numbers either way. Prefill takes
-FlashAttention-3 on Hopper where its module is there, else FlashAttention-2; recorded prefill always the latter, which
-splits the keys of a few queries over the whole device, and so do short chunks, of which it puts the heads of a group
-into one tile.
+FlashAttention-3 on Hopper where its module is there, but FlashAttention-2 for short chunks, of which it puts the heads
+of a group into one tile, and in graphs, where it splits the keys of a few queries over the whole device.
 
 Plans are made on the host from upper bounds of lengths, without waiting for the device. Which pages and how many tokens
 a row has is filled in on the device. A length that falls short of its bound by pages may cross a split of the plan,
@@ -31,7 +30,7 @@ from hornbeam.ops.query import OpQuery
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = ("bfloat16", "float16")
 _PREFILL_TILE = 128  # packed queries of FlashAttention-2's largest tile, and queries of FlashAttention-3's
-_FA3_SPEED = 1.6  # of FlashAttention-3 over FlashAttention-2 where tiles are full, as measured on an H200
+_MOST_PADDED = 1.75  # queries of FlashAttention-3's tiles per real one, beyond which it is slower, on an H200
 _PLAN_BYTES_PER_ROW = 64  # of a decode plan; it takes less than half of it
 _LEAST_PREFILL_ROWS = 64  # room for recorded steps, which have more rows than there may be requests
 
@@ -240,10 +239,10 @@ def _attend_pages(wrapper: BatchPrefillWithPagedKVCacheWrapper | BatchDecodeWith
 
 
 def _wastes_tiles(rows: Rows) -> bool:
-    """Whether chunks are so short that FlashAttention-3, whose tiles hold queries of one head, is slower."""
+    """Whether chunks are so short that FlashAttention-3 is slower, whose tiles are padded queries of one head."""
     num_queries, num_keys = np.array(rows.query_lens), np.array(rows.len_bounds)
     padded = -(-num_queries // _PREFILL_TILE) * _PREFILL_TILE
-    return bool(padded @ num_keys > _FA3_SPEED * (num_queries @ num_keys))
+    return bool(padded @ num_keys > _MOST_PADDED * (num_queries @ num_keys))
 
 
 def _captured_scratch_bytes(shape: AttentionShape, num_queries: int, num_rows: int) -> int:
