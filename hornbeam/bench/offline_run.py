@@ -15,7 +15,7 @@ from hornbeam.bench.expert_counts import counted_experts
 from hornbeam.bench.offline import Measurement, measure
 from hornbeam.bench.profile import ProfiledEngine, traced
 from hornbeam.bench.report import append_json, show
-from hornbeam.bench.workloads import WORKLOADS, Workload, warm_up
+from hornbeam.bench.workloads import KINDS, WORKLOADS, Workload, warm_up
 from hornbeam.core.errors import ConfigError
 from hornbeam.engine.logs import set_up_logging
 from hornbeam.serve.cli import FlagParser, checked
@@ -38,12 +38,13 @@ def main(argv: Sequence[str]) -> int:
     if not 0 < scale <= 1:
         raise ConfigError(f"--scale must be above 0 and at most 1, not {scale}")
     own = argparse.Namespace(**{name: values.pop(name) for name in list(values) if name in DATASET_FLAGS})
-    names = list(WORKLOADS) if "all" in names else names
+    makers, groups = WORKLOADS | KINDS, {"all": WORKLOADS, "kinds": KINDS}
+    names = [name for given in names for name in groups.get(given, (given,))]
     user = checked(values)
 
     def workloads(info: Mapping[str, Any]) -> list[Workload]:
         if own.dataset_name is None:
-            return [WORKLOADS[name](scale) for name in names]
+            return [makers[name](scale) for name in names]
         path = user.get("tokenizer_path", info["model_path"])
         tokenizer = load_tokenizer(path) if own.dataset_name in TEXT_DATASETS else None
         samples = draw_samples(own, tokenizer, info["vocab_size"])
@@ -120,8 +121,9 @@ def _parser() -> FlagParser:
         "hornbeam bench offline",
         "Runs fixed workloads on an engine in this process: token ids in, exact numbers of them out.",
     )
-    names = (*WORKLOADS, "all")
-    parser.add_argument("--workload", nargs="+", choices=names, default=["all"], help="What to run. Default: all.")
+    names = (*WORKLOADS, "all", *KINDS, "kinds")
+    what = "What to run; kinds: the nine of other kinds. Default: all, the first four."
+    parser.add_argument("--workload", nargs="+", choices=names, default=["all"], help=what)
     parser.add_argument("--scale", type=float, default=1.0, help="Share of the full numbers and lengths. Default: 1.")
     parser.add_argument(
         "--json", "--result-filename", type=Path, metavar="FILE", help="Append the JSON lines to this file, too."

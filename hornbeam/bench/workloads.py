@@ -4,7 +4,7 @@
 Standard library only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -69,6 +69,95 @@ WORKLOADS: dict[str, Callable[[float], Workload]] = {
     "prefix": prefix,
     "prefill": prefill,
 }
+
+
+def long(scale: float = 1.0) -> Workload:
+    """24 requests of 6,000 to 8,000 tokens, 200 out."""
+    return _drawn("long", Random(10), scale, num=24, num_in=(6000, 8000), num_out=(200, 200))
+
+
+def huge(scale: float = 1.0) -> Workload:
+    """3 requests of 30,000 tokens, 100 out."""
+    return _drawn("huge", Random(11), scale, num=3, num_in=(30_000, 30_000), num_out=(100, 100))
+
+
+def tree(scale: float = 1.0) -> Workload:
+    """64 leaves of a tree: 1,024 tokens, 4 branches of 2,048, each with 8 of 1,000, each with 2 of 100; 100 out."""
+    random = Random(12)
+    prompts = [_draw(random, _scaled(1024, scale))]
+    for num_branches, length in ((4, 2048), (8, 1000), (2, 100)):
+        prompts = _branches(random, prompts, num_branches, scale, (length, length))
+    return Workload(name="tree", prompts=tuple(prompts), output_lens=(_scaled(100, scale),) * len(prompts))
+
+
+def deep(scale: float = 1.0) -> Workload:
+    """64 leaves, of 64 tokens, below six levels of 512 to 1,024 tokens that each branch in two; 100 out."""
+    random = Random(13)
+    prompts: list[tuple[int, ...]] = [()]
+    for _ in range(6):
+        prompts = _branches(random, prompts, 2, scale, (512, 1024))
+    prompts = _branches(random, prompts, 1, scale, (64, 64))
+    return Workload(name="deep", prompts=tuple(prompts), output_lens=(_scaled(100, scale),) * len(prompts))
+
+
+def repeats(scale: float = 1.0) -> Workload:
+    """8 prompts of 1,500 tokens, 16 times each, interleaved; 100 out."""
+    random = Random(14)
+    prompts = tuple(_draw(random, _scaled(1500, scale)) for _ in range(8)) * 16
+    return Workload(name="repeats", prompts=prompts, output_lens=(_scaled(100, scale),) * len(prompts))
+
+
+def same(scale: float = 1.0) -> Workload:
+    """One prompt of 3,000 tokens, 64 times, 100 out."""
+    prompts = (_draw(Random(15), _scaled(3000, scale)),) * 64
+    return Workload(name="same", prompts=prompts, output_lens=(_scaled(100, scale),) * len(prompts))
+
+
+def short(scale: float = 1.0) -> Workload:
+    """1,000 requests of 20 tokens, 8 out."""
+    return _drawn("short", Random(16), scale, num=1000, num_in=(20, 20), num_out=(8, 8))
+
+
+def medium(scale: float = 1.0) -> Workload:
+    """600 requests of 50 to 150 tokens, 20 to 60 out: prompts come and go all the time."""
+    return _drawn("medium", Random(17), scale, num=600, num_in=(50, 150), num_out=(20, 60))
+
+
+def many(scale: float = 1.0) -> Workload:
+    """768 requests of 200 to 1,000 tokens, 100 to 300 out: three times as many as run at once."""
+    return _drawn("many", Random(18), scale, num=768, num_in=(200, 1000), num_out=(100, 300))
+
+
+KINDS: dict[str, Callable[[float], Workload]] = {
+    "long": long,
+    "huge": huge,
+    "tree": tree,
+    "deep": deep,
+    "repeats": repeats,
+    "same": same,
+    "short": short,
+    "medium": medium,
+    "many": many,
+}
+
+
+def _drawn(
+    name: str, random: Random, scale: float, *, num: int, num_in: tuple[int, int], num_out: tuple[int, int]
+) -> Workload:
+    """`num` requests with lengths uniform in these ranges."""
+    (least_in, most_in), (least_out, most_out) = ((_scaled(a, scale), _scaled(b, scale)) for a, b in (num_in, num_out))
+    num = _scaled(num, scale)
+    prompts = tuple(_draw(random, random.randint(least_in, most_in)) for _ in range(num))
+    output_lens = tuple(random.randint(least_out, most_out) for _ in range(num))
+    return Workload(name=name, prompts=prompts, output_lens=output_lens)
+
+
+def _branches(
+    random: Random, prompts: Sequence[tuple[int, ...]], num: int, scale: float, length: tuple[int, int]
+) -> list[tuple[int, ...]]:
+    """Each of the prompts, continued in `num` ways."""
+    least, most = (_scaled(end, scale) for end in length)
+    return [prompt + _draw(random, random.randint(least, most)) for prompt in prompts for _ in range(num)]
 
 
 def _scaled(number: int, scale: float) -> int:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from hornbeam.bench.workloads import WORKLOADS, Workload, warm_up
+from hornbeam.bench.workloads import KINDS, WORKLOADS, Workload, warm_up
 
 pytestmark = pytest.mark.pure
 
@@ -30,6 +30,25 @@ def describe(workload: Workload) -> tuple[int, int, int, str]:
 def test_full_scale():
     assert {name: describe(make(1.0)) for name, make in WORKLOADS.items()} == DRAWS
     assert [describe(workload) for workload in warm_up()] == WARM_UPS
+
+
+def test_kinds():
+    drawn = {name: describe(make(1.0))[:3] for name, make in KINDS.items()}
+    assert drawn == {
+        "long": (24, 165993, 4800),
+        "huge": (3, 90000, 300),
+        "tree": (64, 267008, 6400),
+        "deep": (64, 308886, 6400),
+        "repeats": (128, 192000, 12800),
+        "same": (64, 192000, 6400),
+        "short": (1000, 20000, 8000),
+        "medium": (600, 59966, 24059),
+        "many": (768, 467460, 155757),
+    }
+    deep = KINDS["deep"](1.0).prompts
+    assert [len({prompt[:length] for prompt in deep}) for length in (512, 6144)] == [2, 64]
+    for make in KINDS.values():
+        assert sum(map(len, make(0.01).prompts)) <= 0.011 * sum(map(len, make(1.0).prompts))
 
 
 def test_only_single_is_greedy():
