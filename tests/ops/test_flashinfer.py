@@ -114,11 +114,13 @@ def test_a_captured_decode_follows_new_plans(backend, shape):
             assert torch.equal(out, run(case, attention.plan_decode(eager)))
 
 
-def test_a_captured_prefill_follows_new_plans(backend, shape):
-    """One graph, captured on nothing at all; then rows with long and short prefixes, few and many queries."""
+@pytest.mark.parametrize("size", [224, 256])
+def test_a_captured_prefill_follows_new_plans(backend, shape, size):
+    """One graph of either kernel, captured on nothing at all; then rows with long and short prefixes, few queries and
+    many."""
     attention = backend.create(shape, 8)
-    empty = as_recorded(make_case(shape, [64, 480], [20, 65]), num_rows=6, before=40, after=131)
-    rows = dataclasses.replace(empty.rows, len_bounds=[0] * 6, query_lens=[0] * 5 + [256])
+    empty = as_recorded(make_case(shape, [64, 480], [20, 65]), num_rows=6, before=40, after=size - 125)
+    rows = dataclasses.replace(empty.rows, len_bounds=[0] * 6, query_lens=[0] * 5 + [size])
     q, (k_pages, v_pages) = empty.q.clone(), (torch.randn_like(empty.k_pages) for _ in "kv")
     tables = torch.zeros((16, rows.page_tables.shape[1]), dtype=torch.int32, device="cuda")
     rows = dataclasses.replace(rows, page_tables=tables)
@@ -134,7 +136,7 @@ def test_a_captured_prefill_follows_new_plans(backend, shape):
         graph.capture_end()
         for lens, query_lens, before in (([480, 64], [65, 20], 40), ([500], [2], 0), ([31, 64, 5], [31, 60, 5], 99)):
             case = make_case(shape, lens, query_lens)
-            now = as_recorded(case, num_rows=6, before=before, after=256 - before - sum(query_lens))
+            now = as_recorded(case, num_rows=6, before=before, after=size - before - sum(query_lens))
             q.copy_(now.q)
             k_pages[: len(case.k_pages)], v_pages[: len(case.v_pages)] = case.k_pages, case.v_pages
             tables[: len(now.rows.page_tables)] = now.rows.page_tables

@@ -3,7 +3,7 @@
 Decode runs on tensor cores for every group size: it reads the cache once, and so is bound by memory all the same. Each
 batch size has a wrapper in graph mode, captured or not, so that a step gives the same numbers either way. Prefill takes
 FlashAttention-3 on Hopper where its module is there, but FlashAttention-2 for short chunks, of which it puts the heads
-of a group into one tile, and in graphs, where it splits the keys of a few queries over the whole device.
+of a group into one tile, and in graphs of few tokens, whose keys it splits over the whole device.
 
 Plans are made on the host from upper bounds of lengths, without waiting for the device. Which pages and how many tokens
 a row has is filled in on the device. A length that falls short of its bound by pages may cross a split of the plan,
@@ -31,7 +31,9 @@ _HEAD_DIMS = (64, 128, 256)
 _DTYPES = ("bfloat16", "float16")
 _PREFILL_TILE = 128  # packed queries of FlashAttention-2's largest tile, and queries of FlashAttention-3's
 _MOST_PADDED = 1.75  # queries of FlashAttention-3's tiles per real one, beyond which it is slower, on an H200
+_LEAST_RECORDED = 256  # tokens of graphs from which FlashAttention-3 is faster, which does not split keys
 _PLAN_BYTES_PER_ROW = 64  # of a decode plan; it takes less than half of it
+_CAPTURED_PLAN_BYTES = 1 << 18  # several times what 512 queries of 14 chunks take with 64 heads
 _LEAST_PREFILL_ROWS = 64  # room for recorded steps, which have more rows than there may be requests
 
 
@@ -51,7 +53,7 @@ class FlashInferAttention:
         self._decodes: dict[int, tuple[BatchDecodeWithPagedKVCacheWrapper, Attend]] = {}
         hopper = torch.cuda.get_device_capability(device) == (9, 0)
         fa3 = hopper and _is_compiled("fa3", shape.dtype, shape.head_dim, shape.window, shape.soft_cap)
-        backend = "fa3" if fa3 else "fa2"
+        self._backend = backend = "fa3" if fa3 else "fa2"
         # Of pages and keys that are not in the window FlashInfer is not told; the window's first page it masks itself.
         self._masks = {"window_left": (shape.window or 0) - 1, "logits_soft_cap": shape.soft_cap}
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(self._scratch, "NHD", backend=backend)
@@ -60,7 +62,8 @@ class FlashInferAttention:
             self._short = BatchPrefillWithPagedKVCacheWrapper(self._scratch, "NHD", backend="fa2")
         self._prompts = BatchPrefillWithRaggedKVCacheWrapper(self._scratch, "NHD", backend=backend)
         self._captured_prefills: dict[int, tuple[BatchPrefillWithPagedKVCacheWrapper, Attend]] = {}  # by queries
-        self._captured_scratch, self._captured_plan = self._scratch, torch.empty_like(self._plan_buffer)
+        self._captured_scratch = self._scratch
+        self._captured_plan = torch.empty(_CAPTURED_PLAN_BYTES, dtype=torch.uint8, device=device)
 
     def plan_decode(self, rows: Rows) -> Attend:
         """See `Attention`."""
@@ -213,7 +216,7 @@ class FlashInferAttention:
             paged_kv_indptr_buf=pages.indptr[: num_rows + 1],
             paged_kv_indices_buf=pages.indices,
             paged_kv_last_page_len_buf=pages.last_page_lens[:num_rows],
-            backend="fa2",
+            backend=self._backend if num_queries >= _LEAST_RECORDED else "fa2",
         )
         wrapper.reset_workspace_buffer(self._captured_scratch, self._captured_plan)  # as in `_make_decode`
         return wrapper, _attend_pages(wrapper)
