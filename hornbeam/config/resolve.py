@@ -29,7 +29,9 @@ _DTYPES = {"float": "float32", "half": "float16"}
 _DEFAULTS = {flag.name: flag.default for flag in FLAGS}
 _DEFAULT_GAP = _DEFAULTS["priority_scheduling_preemption_threshold"]
 GRAPH_MAX_BATCH_SIZE = 256
-GRAPH_TOKEN_COUNTS = (*range(32, 193, 32), *range(256, 513, 64))  # of larger steps, launching is no great part
+# The executor takes those at which steps with prompts are launch-bound.
+_SMALL_COUNTS = (*range(32, 193, 32), *range(256, 513, 64))
+GRAPH_TOKEN_COUNTS = (*_SMALL_COUNTS, *range(640, 1025, 128), *range(1280, 2049, 256), *range(2560, 3073, 512))
 
 
 class _Resolver:

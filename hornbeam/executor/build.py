@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from hornbeam.weights.load import load_weights
 
 logger = logging.getLogger(__name__)
 
+_HOST_SHARE = 0.9  # of a step's time: if launching takes less of it, the step waits for the device
+_MOST_SEARCHED = 512  # rows of steps with prompts: the library chooses well for more, but for those of whole chunks
 _NO_MEMORY = "can't allocate memory"  # how torch says so for CPUs, where the type of the error does not tell
 
 
@@ -139,6 +142,7 @@ def _capture(
     decodes = kernels.decode_attention.captures and kernels.single_attention.captures
     decodes = decodes and (kernels.experts is None or kernels.experts.captures)
     mixes = decodes and kernels.prefill_attention.captures_prefill
+    token_counts = _launch_bound(executor, state.num_slots, options.graph_token_counts) if mixes else ()
 
     @torch.inference_mode()
     def record() -> Callable[[], None]:
@@ -146,11 +150,26 @@ def _capture(
         if decodes and options.graph_batch_sizes:
             sizes, compile_up_to = options.graph_batch_sizes, options.compile_up_to
             decode = DecodeGraphs(*parts, sizes, pads=pads, compile_up_to=compile_up_to)
-        if mixes and options.graph_token_counts:
-            mixed = MixedGraphs(*parts, options.graph_token_counts, pads=pads)
+        if token_counts:
+            mixed = MixedGraphs(*parts, token_counts, pads=pads)
         return lambda: executor.use_graphs(decode, mixed)
 
     platform.submit(record).result()
+
+
+def _launch_bound(executor: Executor, padding_slot: int, token_counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Of ascending `token_counts` those whose steps keep the host busy for longer than the device."""
+
+    def waits_for_device(num_tokens: int) -> bool:
+        prompt = Chunk(slot=padding_slot, start=0, token_ids=(0,) * num_tokens, samples=True)
+        for step_id in range(2):  # the first one compiles and loads what is new
+            started = time.perf_counter()
+            step = executor.launch(StepPlan(step_id=step_id, chunks=(prompt,)))
+            launched = time.perf_counter() - started
+            step.result()
+        return launched < _HOST_SHARE * (time.perf_counter() - started)
+
+    return token_counts[: bisect_left(token_counts, True, key=waits_for_device)]
 
 
 @contextmanager
@@ -259,7 +278,8 @@ def _load(
 
 def _prepare_products(model: torch.nn.Module, options: ExecutorOptions, chunk_size: int) -> None:
     """Let products find out how they are done best: those of layers for all kinds of steps, the head's for decode."""
-    batch_sizes, token_counts = options.graph_batch_sizes, options.graph_token_counts
+    batch_sizes = options.graph_batch_sizes
+    token_counts = (number for number in options.graph_token_counts if number <= _MOST_SEARCHED)
     sizes = tuple(dict.fromkeys((*batch_sizes, *token_counts, chunk_size)))
     for kind, num_rows in ((Linear, sizes), (Head, batch_sizes)):
         modules = [module for module in model.modules() if isinstance(module, kind)]

@@ -1,4 +1,4 @@
-"""Small steps with prompts recorded as device graphs: one per padded number of tokens, lane and kind.
+"""Steps with prompts recorded as device graphs: one per padded number of tokens, lane and kind.
 
 A graph serves any numbers of decoding rows and chunks whose tokens it holds. Both attention calls are in it: decode
 takes the first tokens as rows, of which those that do not decode are padding, and prefill takes all tokens, of which
@@ -23,9 +23,9 @@ from hornbeam.platforms.contract import Platform
 
 logger = logging.getLogger(__name__)
 
-MAX_CHUNKS = 14
-LEAST_GAIN = 0.9  # of the time of a step that is launched layer by layer, for graphs to be kept
+MAX_CHUNKS = 30
 _NUM_ROWS = MAX_CHUNKS + 2  # of prefill: the tokens that decode, the chunks, padding
+_MOST_SHARED = 512  # tokens; larger steps with prompts that share prefixes are rare
 
 
 class MixedGraphs:
@@ -34,11 +34,11 @@ class MixedGraphs:
     def __init__(
         self, runner: Runner, platform: Platform, state: SlotState, token_counts: tuple[int, ...], *, pads: bool
     ) -> None:
-        """Record ascending `token_counts`, but for the large ones that are no faster. pads: serve any number."""
+        """Record ascending `token_counts`. pads: serve any number."""
         started = time.perf_counter()
         self._runner = runner
         self._state = state
-        self._sizes: tuple[int, ...] = ()
+        self._sizes = token_counts
         self._pads = pads
         largest, device = token_counts[-1], platform.device
         tokens = state.padding(largest, self._num_decode(largest))
@@ -47,24 +47,19 @@ class MixedGraphs:
         self._row_lens = torch.zeros(_NUM_ROWS, dtype=torch.int32, device=device)
         self._replays: dict[tuple[int, int, bool], Callable[[], Tensor]] = {}
         for size in reversed(token_counts):  # the largest first: the smaller ones then reuse its memory
-            run = self._recordable(0, size, shares=False)
-            replay = platform.capture(run)
-            if not self._sizes and _seconds(replay) > LEAST_GAIN * _seconds(run):
-                continue
-            self._sizes = (size, *self._sizes)
-            self._replays[0, size, False] = replay
-            others = [(lane, shares) for lane in range(NUM_LANES) for shares in (False, True)[: 1 + runner.shares]]
-            for lane, shares in others[1:]:
-                self._replays[lane, size, shares] = platform.capture(self._recordable(lane, size, shares=shares))
+            for lane in range(NUM_LANES):
+                for shares in (False, True) if runner.shares and size <= _MOST_SHARED else (False,):
+                    self._replays[lane, size, shares] = platform.capture(self._recordable(lane, size, shares=shares))
         seconds = time.perf_counter() - started
-        logger.info("captured graphs with prompts for token counts %s in %.1f s", list(self._sizes), seconds)
+        logger.info("captured graphs with prompts for token counts %s in %.1f s", list(token_counts), seconds)
 
     def fit(self, plan: StepPlan) -> Fit | None:
         """The graph for a step; None if it has too many tokens or chunks, or fewer tokens than rows of padding."""
         size = fit_size(self._sizes, plan.num_tokens, pads=self._pads)
         if size is None or not 0 < len(plan.chunks) <= MAX_CHUNKS:
             return None
-        return Fit(size, self._runner.worth_sharing(plan))
+        shared = self._runner.worth_sharing(plan)
+        return None if shared is not None and size > _MOST_SHARED else Fit(size, shared)
 
     def replay(self, lane: int, plan: StepPlan, batch: Batch, fit: Fit) -> tuple[StepTokens, Tensor]:
         """The step's tokens, then padding, and their hidden rows [size, H]; valid until the next replay."""
@@ -118,11 +113,3 @@ class MixedGraphs:
             return self._runner.model(tokens.ids, tokens.positions, fwd)
 
         return run
-
-
-def _seconds(run: Callable[[], Tensor]) -> float:
-    """Of one run, until the device is done with it."""
-    run()[0, 0].item()
-    started = time.perf_counter()
-    run()[0, 0].item()
-    return time.perf_counter() - started

@@ -5,6 +5,7 @@ import functools
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import harness
 import pytest
@@ -13,7 +14,7 @@ from family_parity import save_checkpoint
 from harness import make_engine
 
 from hornbeam.core.request import Request, SamplingParams
-from hornbeam.executor import mixed_graphs
+from hornbeam.executor import build
 from hornbeam.executor.graphs import DecodeGraphs, fit_size
 from hornbeam.executor.mixed_graphs import MixedGraphs
 from hornbeam.executor.runner import Runner
@@ -96,7 +97,7 @@ def num_runs(monkeypatch) -> Counter[str]:
     monkeypatch.setattr(CpuPlatform, "capture", lambda self, run: (run(), lambda: run())[1])
     for registry in (DECODE_ATTENTION, PREFILL_ATTENTION):
         monkeypatch.setattr(registry, "entries", {"recordable": f"{__name__}:BACKEND", **registry.entries})
-    monkeypatch.setattr(mixed_graphs, "_seconds", lambda run: 2.0 if "_recordable" in run.__qualname__ else 1.0)
+    monkeypatch.setattr(build, "_launch_bound", lambda executor, slot, token_counts: token_counts[:11])
     counted(DecodeGraphs, "replay", "decode")
     counted(MixedGraphs, "replay", "mixed")
     counted(Runner, "run", "launched")
@@ -152,12 +153,21 @@ def test_flags(tiny_checkpoint, num_runs, flags, replayed):
     assert num_runs["launched"] > 2 or not flags
 
 
-def test_sizes_that_are_no_faster_are_not_kept(tiny_checkpoint, num_runs, monkeypatch, caplog):
-    times = iter([1.0, 1.0, 1.0, 1.1, 0.5, 1.0])  # replayed and launched, from the largest size on
-    monkeypatch.setattr(mixed_graphs, "_seconds", lambda run: next(times))
-    with caplog.at_level("INFO"):
-        make_engine(tiny_checkpoint, attention_backend="recordable")
-    assert "token counts [32, 64, 96, 128, 160, 192, 256, 320, 384] in" in caplog.text
+def test_steps_are_recorded_whose_launch_takes_longer_than_they_do(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(build, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    class Step:
+        def __init__(self, seconds):
+            self._end = clock[0] + seconds
+            clock[0] += 10
+
+        def result(self):
+            clock[0] = max(clock[0], self._end)
+
+    executor = SimpleNamespace(launch=lambda plan: Step(plan.num_tokens / 50))
+    assert build._launch_bound(executor, 4, (32, 64, 512, 640, 1024)) == (32, 64, 512)
+    assert build._launch_bound(executor, 4, (1024,)) == ()
 
 
 def test_compiled_steps_say_the_same(tiny_checkpoint, num_runs, monkeypatch):
