@@ -51,7 +51,7 @@ class Attention(nn.Module):
         """
         num_heads, num_kv_heads, head_dim = self._shape
         heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
-        q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
+        q, k, v = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
         norms = None if norm is None else norm.of_heads()
         rotation = None if rotary is None else rotary(positions)
         return self.attend(q, k, v, norms, rotation, fwd, sinks).flatten(1)

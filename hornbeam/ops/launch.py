@@ -19,6 +19,9 @@ from torch import Tensor
 from triton.runtime import JITFunction, driver
 
 
+_INT32_MAX = 2**31 - 1
+
+
 class Kernel:
     """A Triton kernel, to be launched as Triton launches it: `kernel[grid](*arguments, **constants)`.
 
@@ -32,9 +35,8 @@ class Kernel:
         """Take what `triton.jit` returns; Triton's interpreter goes on as it does."""
         self._function = function
         self._compiles = isinstance(function, JITFunction)
-        self._params = [
-            (p.do_not_specialize, p.do_not_specialize_on_alignment) for p in getattr(function, "params", ())
-        ]
+        params = function.params if self._compiles else ()
+        self._plain = [p.do_not_specialize or p.do_not_specialize_on_alignment for p in params]
         self._launches: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # by looks
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -44,13 +46,14 @@ class Kernel:
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         device = arguments[0].get_device()
         looks, values = [device, *constants, *constants.values()], []
-        for value, (plain, unaligned) in zip(arguments, self._params, strict=False):
+        for value, plain in zip(arguments, self._plain, strict=False):
             if isinstance(value, Tensor):
                 looks.append(value.dtype)
                 value = value.data_ptr()  # so the driver is not asked whose address it is
-                looks.append(plain or unaligned or value % 16 == 0)
-            elif type(value) is int:
-                looks.append((value.bit_length() > 31, plain or (value == 1, value % 16 == 0)))
+                looks.append(plain or value % 16)
+            elif isinstance(value, int):
+                looks.append(value > _INT32_MAX)
+                looks.append(plain or (16 if value == 1 else value % 16))  # 17 is not like 1
             else:
                 looks.append(type(value))
             values.append(value)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -25,15 +27,14 @@ def scaled():
     return run
 
 
-@pytest.mark.parametrize("stride", [1, 2, 16, 48])
+@pytest.mark.parametrize("strides", [(1, 17), (17, 1), (2, 16, 48)], ids=str)
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
-def test_launches_that_look_alike_take_the_variant_that_suits_them(device, scaled, stride, first, dtype):
+def test_launches_that_look_alike_take_the_variant_that_suits_them(device, scaled, strides, first, dtype):
     x = torch.arange(512, device=device).to(dtype)[first:]
-    for number in (1, 16, 3, 2**40):
-        for negative in (False, True, False):
-            expected = x[: 8 * stride : stride] * (-number if negative else number)
-            assert torch.equal(scaled(x, stride, number, negative), expected)
+    for stride, number, negative in itertools.product((*strides, *strides), (1, 16, 3, 2**40), (False, True)):
+        expected = x[: 8 * stride : stride] * (-number if negative else number)
+        assert torch.equal(scaled(x, stride, number, negative), expected)
 
 
 @pytest.mark.cpu
