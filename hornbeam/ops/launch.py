@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction, driver
 
-
 _INT32_MAX = 2**31 - 1
 
 
