@@ -146,10 +146,11 @@ class _Staging:
         self._host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         self._seen = torch.as_tensor(_Memory(self._host), device=device)
         assert self._seen.data_ptr() == self._host.data_ptr(), "one address for both"
+        self._bytes = self._host.numpy()  # torch would wake its threads to copy some kilobytes
 
     def put(self, host: Tensor) -> Tensor:
         """A copy of the contiguous `host`, as the device sees it."""
-        self._host[: host.nbytes].copy_(host.view(-1).view(torch.uint8))
+        self._bytes[: host.nbytes] = host.view(-1).view(torch.uint8).numpy()
         return self._seen[: host.nbytes].view(host.dtype).view(host.shape)
 
 
