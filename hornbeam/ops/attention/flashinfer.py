@@ -33,7 +33,7 @@ _PREFILL_TILE = 128  # packed queries of FlashAttention-2's largest tile, and qu
 _MOST_PADDED = 1.75  # queries of FlashAttention-3's tiles per real one, beyond which it is slower, on an H200
 _LEAST_RECORDED = 256  # tokens of graphs from which FlashAttention-3 is faster, which does not split keys
 _PLAN_BYTES_PER_ROW = 64  # of a decode plan; it takes less than half of it
-_CAPTURED_PLAN_BYTES = 1 << 18  # several times what 512 queries of 14 chunks take with 64 heads
+_CAPTURED_PLAN_BYTES = 1 << 18  # twice what 3,072 queries of 30 chunks take with 64 heads
 _LEAST_PREFILL_ROWS = 64  # room for recorded steps, which have more rows than there may be requests
 
 
