@@ -98,8 +98,8 @@ def _backends() -> Iterator[str]:
     yield f"\nbackends on {facts.device}, for {dtype} and heads of {query.head_dim}; the first usable one is taken"
     tried: tuple[tuple[Any, Any], ...] = (
         (ACTIVATION, probes.activation),
-        (DECODE_ATTENTION, probes.attention),
-        (PREFILL_ATTENTION, probes.attention),
+        (DECODE_ATTENTION, probes.decode_attention),
+        (PREFILL_ATTENTION, probes.prefill_attention),
         (LAYOUT, probes.layout),
         (LINEAR, probes.linear),
         (FP8_LINEAR, probes.fp8_linear),

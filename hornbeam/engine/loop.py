@@ -35,6 +35,7 @@ from hornbeam.engine.envelope import (
     StopProfile,
     Submit,
 )
+from hornbeam.engine.garbage import built_to_stay
 from hornbeam.engine.parts import Built, Link, PendingStep
 from hornbeam.engine.profiling import Profiling
 
@@ -49,8 +50,7 @@ PULSE_INTERVAL = 1.0  # seconds of silence while requests run
 def run_engine(build: Callable[[], Built], link: Link) -> bool:
     """Build an engine and run it until it is told to end. False if it failed; the server has been told why."""
     try:
-        built = build()
-        gc.freeze()  # what is there now stays: looking for garbage in it, time and again, takes 0.2 s
+        built = built_to_stay(build)
         with built.resource or nullcontext():
             EngineLoop(built, link).run()
     except (ConfigError, FamilyUnavailable) as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hornbeam.cache.pool import CachePool, page_bytes
 from hornbeam.cache.sizes import PageShares
@@ -28,6 +29,7 @@ from hornbeam.executor.state import SlotState
 from hornbeam.layers.context import BuildContext
 from hornbeam.layers.derived import refresh_derived
 from hornbeam.layers.linear import Head, Linear
+from hornbeam.ops.ahead import WithheldLaunches
 from hornbeam.ops.attention.contract import AttentionShape, GroupAttention
 from hornbeam.ops.kernels import Kernels, choose_kernels
 from hornbeam.ops.linear.contract import GroupedProduct
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _HOST_SHARE = 0.9  # of a step's time: if launching takes less of it, the step waits for the device
 _MOST_SEARCHED = 512  # rows of steps with prompts: the library chooses well for more, but for those of whole chunks
+_REHEARSED = (1, 2, 16, 64)  # batch sizes that together launch all kernels of decode steps, with the largest one
 _NO_MEMORY = "can't allocate memory"  # how torch says so for CPUs, where the type of the error does not tell
 
 
@@ -87,6 +90,8 @@ def build_executor(
     with _told(platform, "the largest step", advice), platform.tagged("steps"):
         executor, runner, state = _make_executor(model, config, specs, kernels, options, platform)
         executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device))
+        if _records(kernels) and wanted.graph_batch_sizes and not wanted.compile_up_to:
+            _rehearse(runner, platform, state, wanted.graph_batch_sizes)
         _warm_up(executor, num_slots, _largest_chunk(options) if platform.facts().graphs else 1)
     num_pages = _num_pages(specs, options, platform)
     flag = "--mem-fraction-static" if options.cache.max_total_tokens is None else "--max-total-tokens"
@@ -134,13 +139,38 @@ def _warm_up(executor: Executor, padding_slot: int, num_tokens: int) -> None:
     executor.launch(StepPlan(step_id=1, decode=(padding_slot,), decode_lens=(1,))).result()
 
 
+def _records(kernels: Kernels) -> bool:
+    """Whether decode steps can be recorded as graphs."""
+    attends = kernels.decode_attention.captures and kernels.single_attention.captures
+    return attends and (kernels.experts is None or kernels.experts.captures)
+
+
+def _rehearse(runner: Runner, platform: Platform, state: SlotState, batch_sizes: tuple[int, ...]) -> None:
+    """Compile what decode steps launch, side by side: recorded for some sizes, but without these launches."""
+    sizes = tuple(size for size in batch_sizes if size in _REHEARSED or size == batch_sizes[-1])
+    launches = WithheldLaunches(platform.device)
+
+    def capture(run: Callable[[], Tensor], *, known: bool = False) -> Callable[[], Tensor]:
+        if not known:
+            launches.rehearse(run)
+        return run
+
+    @torch.inference_mode()
+    def rehearse() -> Callable[[], None]:
+        DecodeGraphs(runner, capture, state, sizes, pads=True, compile_up_to=0)
+        return lambda: None
+
+    started = time.perf_counter()
+    platform.submit(rehearse).result()
+    launches.compile()
+    logger.info("compiled kernels of decode steps in %.1f s", time.perf_counter() - started)
+
+
 def _capture(
     executor: Executor, runner: Runner, platform: Platform, state: SlotState, kernels: Kernels, options: ExecutorOptions
 ) -> None:
     """Record as graphs, over the present pool, what the options ask for and the kernels let be recorded."""
-    parts, pads = (runner, platform, state), options.graph_padding
-    decodes = kernels.decode_attention.captures and kernels.single_attention.captures
-    decodes = decodes and (kernels.experts is None or kernels.experts.captures)
+    decodes, pads = _records(kernels), options.graph_padding
     mixes = decodes and kernels.prefill_attention.captures_prefill
     token_counts = _launch_bound(executor, state.num_slots, options.graph_token_counts) if mixes else ()
 
@@ -148,10 +178,13 @@ def _capture(
     def record() -> Callable[[], None]:
         decode = mixed = None
         if decodes and options.graph_batch_sizes:
-            sizes, compile_up_to = options.graph_batch_sizes, options.compile_up_to
-            decode = DecodeGraphs(*parts, sizes, pads=pads, compile_up_to=compile_up_to)
+            started, sizes = time.perf_counter(), options.graph_batch_sizes
+            compile_up_to = options.compile_up_to
+            decode = DecodeGraphs(runner, platform.capture, state, sizes, pads=pads, compile_up_to=compile_up_to)
+            seconds = time.perf_counter() - started
+            logger.info("captured decode graphs for batch sizes %s in %.1f s", list(sizes), seconds)
         if token_counts:
-            mixed = MixedGraphs(*parts, token_counts, pads=pads)
+            mixed = MixedGraphs(runner, platform, state, token_counts, pads=pads)
         return lambda: executor.use_graphs(decode, mixed)
 
     platform.submit(record).result()

@@ -3,8 +3,6 @@
 There are two kinds: rows that each read all of their own keys, and rows that read shared prefixes once.
 """
 
-import logging
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +16,7 @@ from hornbeam.executor.state import Batch, SlotState
 from hornbeam.layers.forward import Forward, GroupForward
 from hornbeam.ops.attention.contract import Attend, LatentAttend
 from hornbeam.ops.layout.contract import StepTokens
-from hornbeam.platforms.contract import Platform
-
-logger = logging.getLogger(__name__)
+from hornbeam.platforms.contract import Capture
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +43,14 @@ class DecodeGraphs:
     def __init__(
         self,
         runner: Runner,
-        platform: Platform,
+        capture: Capture,
         state: SlotState,
         batch_sizes: tuple[int, ...],
         *,
         pads: bool,
         compile_up_to: int,
     ) -> None:
-        """Record ascending `batch_sizes`, those up to `compile_up_to` of the compiled model. pads: serve any size."""
-        started = time.perf_counter()
+        """Capture ascending `batch_sizes`, those up to `compile_up_to` of the compiled model. pads: serve any size."""
         self._runner = runner
         self._state = state
         self._sizes = batch_sizes
@@ -69,9 +64,8 @@ class DecodeGraphs:
         for size in reversed(batch_sizes):  # the largest first: the smaller ones then reuse its memory
             for lane in range(NUM_LANES):
                 for shares in (False, True) if size in self._shared_sizes else (False,):
-                    self._replays[lane, size, shares] = platform.capture(self._recordable(lane, size, shares))
-        seconds = time.perf_counter() - started
-        logger.info("captured decode graphs for batch sizes %s in %.1f s", list(batch_sizes), seconds)
+                    run = self._recordable(lane, size, shares)
+                    self._replays[lane, size, shares] = capture(run, known=lane > 0)
 
     def fit(self, plan: StepPlan) -> Fit | None:
         """The graph for a step of decode rows alone; None for other steps, and for larger ones than recorded."""

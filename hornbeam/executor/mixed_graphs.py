@@ -49,7 +49,8 @@ class MixedGraphs:
         for size in reversed(token_counts):  # the largest first: the smaller ones then reuse its memory
             for lane in range(NUM_LANES):
                 for shares in (False, True) if runner.shares and size <= _MOST_SHARED else (False,):
-                    self._replays[lane, size, shares] = platform.capture(self._recordable(lane, size, shares=shares))
+                    run = self._recordable(lane, size, shares=shares)
+                    self._replays[lane, size, shares] = platform.capture(run, known=lane > 0)
         seconds = time.perf_counter() - started
         logger.info("captured graphs with prompts for token counts %s in %.1f s", list(token_counts), seconds)
 

@@ -1,8 +1,7 @@
 """The backends chosen for one model on one machine, as one value that layers are built with."""
 
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -11,6 +10,7 @@ import torch
 
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION, Activation
+from hornbeam.ops.ahead import side_by_side
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, AttentionBackend
 from hornbeam.ops.layout.contract import LAYOUT, Layout
 from hornbeam.ops.linear.contract import FP8_LINEAR, LINEAR, Fp8Product, LinearProduct
@@ -67,7 +67,7 @@ def choose_kernels(
     chosen = _choose_traced if traced else _choose
     jobs: dict[str, Callable[[], Any]] = {  # those that take longest come first
         "experts": partial(_choose, EXPERTS, query, probes.experts) if query.mixture else _nothing,
-        "attention": partial(_choose_attention, query, probes, decode_attention, prefill_attention),
+        **_attention_jobs(query, probes, decode_attention, prefill_attention),
         "latent_rows": partial(_choose, LATENT_ROWS, query, probes.latent_rows) if latent else _nothing,
         "fp8_linear": partial(_choose, FP8_LINEAR, query, probes.fp8_linear, plain) if query.fp8 else _nothing,
         "sample": partial(_choose, SAMPLE, query, probes.sample),
@@ -78,37 +78,31 @@ def choose_kernels(
         "layout": partial(_choose, LAYOUT, query, probes.layout),
         "routing": partial(_choose, ROUTING, query, probes.routing) if query.mixture else _nothing,
     }
-    found = dict(zip(jobs, _results(list(jobs.values()), query), strict=True))
-    decode, prefill, single = found.pop("attention")
-    return Kernels(decode_attention=decode, prefill_attention=prefill, single_attention=single, **found)
+    found = dict(zip(jobs, side_by_side(list(jobs.values()), torch.device(query.device)), strict=True))
+    decode = found["decode_attention"]
+    return Kernels(**{"prefill_attention": decode, "single_attention": decode} | found)
 
 
 def _nothing() -> None:
     """For an op that the model does not have."""
 
 
-def _results(jobs: Sequence[Callable[[], Any]], query: OpQuery) -> list[Any]:
-    """What the jobs return, side by side on a GPU: there most of their time goes to compilers."""
-    if query.device != "cuda":
-        return [job() for job in jobs]
-    torch.cuda.synchronize()  # sets the device up, once; in a thread, that makes its context current
-    with ThreadPoolExecutor(len(jobs), initializer=torch.cuda.synchronize) as pool:
-        return [future.result() for future in [pool.submit(job) for job in jobs]]
-
-
-def _choose_attention(
-    query: OpQuery, probes: Probes, decode_attention: str, prefill_attention: str
-) -> tuple[AttentionBackend, AttentionBackend, AttentionBackend]:
-    """Of decode, of prefill, of the decode of single rows; one after the other, since they often are the same."""
-    probe = probes.attention
-    decode, prefill, single = DECODE_ATTENTION, PREFILL_ATTENTION, DECODE_ATTENTION
-    if query.latent is not None:
-        probe = probes.latent_attention
-        decode, prefill, single = LATENT_ATTENTION, LATENT_ATTENTION, SINGLE_LATENT_ATTENTION
-    for_decode = _choose(decode, query, probe, decode_attention)
-    alike = prefill is decode and prefill_attention == decode_attention
-    for_prefill = for_decode if alike else _choose(prefill, query, probe, prefill_attention)
-    return for_decode, for_prefill, _choose(single, query, partial(probe, prefill=False), decode_attention)
+def _attention_jobs(query: OpQuery, probes: Probes, decode: str, prefill: str) -> dict[str, Callable[[], Any]]:
+    """By fields of `Kernels`; without those whose backend is that of decode."""
+    if query.latent is None:
+        return {
+            "decode_attention": partial(_choose, DECODE_ATTENTION, query, probes.decode_attention, decode),
+            "prefill_attention": partial(_choose, PREFILL_ATTENTION, query, probes.prefill_attention, prefill),
+        }
+    probe = probes.latent_attention
+    single = partial(_choose, SINGLE_LATENT_ATTENTION, query, partial(probe, prefill=False), decode)
+    jobs: dict[str, Callable[[], Any]] = {
+        "decode_attention": partial(_choose, LATENT_ATTENTION, query, probe, decode),
+        "single_attention": single,
+    }
+    if prefill != decode:
+        jobs["prefill_attention"] = partial(_choose, LATENT_ATTENTION, query, probe, prefill)
+    return jobs
 
 
 def _choose(registry: Registry[OpQuery, T], query: OpQuery, probe: Callable[[T], None], wanted: str = "auto") -> T:

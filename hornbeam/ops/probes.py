@@ -4,6 +4,7 @@ A probe runs its op on zeros, in the ways and with the sizes of the model for wh
 what the backend raises. Results are not compared: that is what tests are for.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from hornbeam.core.family import LatentSizes, MixtureShape
 from hornbeam.core.fp8 import Fp8Format
 from hornbeam.core.plan import SharedPrefix
 from hornbeam.ops.activation.contract import Activation
+from hornbeam.ops.ahead import WithheldLaunches, side_by_side
 from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape, LatentAttend, Rows
 from hornbeam.ops.layout.contract import Layout, PlannedTokens, SlotTables, StepTokens
 from hornbeam.ops.linear.contract import SCALE_BLOCK, Fp8Product, Fp8Weight, InputNorm, LinearProduct
@@ -42,23 +44,37 @@ class Probes:
         backend.gelu_tanh_mul(self._zeros(1, 2 * self._size))
         self._wait()
 
-    def attention(self, backend: AttentionBackend, *, prefill: bool = True) -> None:
-        """A row that decodes, two of them, two that share a page if they can; with `prefill` a row with two queries."""
+    def decode_attention(self, backend: AttentionBackend) -> None:
+        """A row that decodes, two of them, two that share a page if they can."""
+        query = self._query
+        row, pair = self._attention_rows(1, 1), self._attention_rows(1, query.page_size + 1, num_rows=2)
+        steps = [row, pair]
+        if backend.least_shared is not None and query.window is None and query.soft_cap is None:
+            steps.append(replace(pair, shared=(SharedPrefix(rows=(0, 1), num_tokens=query.page_size),)))
+        attends = side_by_side([partial(self._planned, backend, rows, prefill=False) for rows in steps], self._device)
+        launches = WithheldLaunches(self._device)
+        with launches.withhold():  # those that do run follow what is planned, whatever others have not written
+            for attend in attends:
+                attend()
+        launches.compile()
+        for attend in attends:
+            attend()
+        self._wait()
+
+    def prefill_attention(self, backend: AttentionBackend) -> None:
+        """A row with two queries."""
+        self._planned(backend, self._attention_rows(2, 2), prefill=True)()
+        self._wait()
+
+    def _planned(self, backend: AttentionBackend, rows: Rows, *, prefill: bool) -> Callable[[], object]:
+        """Attention over zeros."""
         query = self._query
         attention, pages = backend.create(self._attention_shape(), max_rows=2), self._pages()
+        attend = (attention.plan_prefill if prefill else attention.plan_decode)(rows)
+        assert not isinstance(attend, LatentAttend)
         sinks = self._zeros(query.num_heads) if query.sinks else None
-        row, pair = self._attention_rows(1, 1), self._attention_rows(1, query.page_size + 1, num_rows=2)
-        steps = [(attention.plan_decode, row), (attention.plan_decode, pair)]
-        if backend.least_shared is not None and query.window is None and query.soft_cap is None:
-            shared = (SharedPrefix(rows=(0, 1), num_tokens=query.page_size),)
-            steps.append((attention.plan_decode, replace(pair, shared=shared)))
-        if prefill:
-            steps.append((attention.plan_prefill, self._attention_rows(2, 2)))
-        for plan, rows in steps:
-            attend = plan(rows)
-            assert not isinstance(attend, LatentAttend)
-            attend(self._zeros(sum(rows.query_lens), query.num_heads, query.head_dim), pages, pages, sinks)
-        self._wait()
+        q = self._zeros(sum(rows.query_lens), query.num_heads, query.head_dim)
+        return partial(attend, q, pages, pages, sinks)
 
     def latent_attention(self, backend: AttentionBackend, *, prefill: bool = True) -> None:
         """A row that decodes; with `prefill` a prompt of two tokens, two after many, and many after one."""
@@ -177,9 +193,10 @@ class Probes:
 
     def norm(self, backend: Norm) -> None:
         """One token, with and without a residual."""
-        x, weight = self._zeros(1, self._size), self._zeros(self._size)
+        size = self._query.hidden_size or self._size
+        x, weight = self._zeros(1, size), self._zeros(size)
         backend.rms_norm(x, weight, 1e-6)
-        backend.add_rms_norm(x, self._zeros(1, self._size), weight, 1e-6)
+        backend.add_rms_norm(x, self._zeros(1, size), weight, 1e-6)
         self._wait()
 
     def qkv(self, backend: Qkv) -> None:
@@ -194,12 +211,21 @@ class Probes:
         self._wait()
 
     def sample(self, backend: Sample) -> None:
-        """One row, with everything that requests may ask for."""
+        """One row, with everything that requests may ask for, and with nothing."""
         size, ones, zeros = self._query.vocab_size, torch.ones(1, device=self._device), self._integers(1)
-        logits = self._zeros(1, size)
-        backend.penalize(logits, zeros, self._integers(1, size, dtype=torch.int32), ones, ones, ones)
-        thresholds = backend.thresholds(logits, ones, zeros + 1, ones / 2, ones / 2)
-        backend.sample(logits, zeros, zeros.int(), ones, zeros, self._integers(1), thresholds)
+        logits, counts = self._zeros(1, size), self._integers(1, size, dtype=torch.int32)
+
+        def draw(thresholds: Tensor | None) -> None:
+            backend.sample(logits, zeros, zeros.int(), ones, zeros, self._integers(1), thresholds)
+            self._wait()
+
+        uses: list[Callable[[], object]] = [
+            lambda: backend.penalize(logits, zeros, counts, ones, ones, ones),
+            lambda: backend.thresholds(logits, ones, zeros + 1, ones / 2, ones / 2),
+            lambda: draw(None),
+            lambda: draw(zeros.float()),
+        ]
+        side_by_side(uses, self._device)
         self._wait()
 
     def _blocks(self, *shape: int) -> tuple[Tensor, Tensor]:

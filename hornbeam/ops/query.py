@@ -19,7 +19,7 @@ class OpQuery:
     soft_cap: float | None = None  # of attention scores
     sinks: bool = False  # attention has a score per head that leads to no key
     latent: LatentSizes | None = None  # latent attention; None: keys and values are cached
-    hidden_size: int = 0  # of what experts take
+    hidden_size: int = 0  # of what goes from layer to layer; 0: whatever
     fp8: bool = False  # weights of products are eight-bit floats, see `ops.linear.contract.Fp8Weight`
     vocab_size: int = 64  # of what ids are chosen from
     mixture: MixtureShape | None = None  # experts of this rank; None: the model is dense

@@ -23,6 +23,13 @@ class Pending(Protocol[T]):
         """Block until done; the result, or the exception that the work raised."""
 
 
+class Capture(Protocol):
+    """How graphs are made."""
+
+    def __call__(self, run: Callable[[], Tensor], *, known: bool = False) -> Callable[[], Tensor]:
+        """See `Platform.capture`."""
+
+
 class Platform(Protocol):
     """One kind of device. Work submitted to it runs in order."""
 
@@ -46,8 +53,10 @@ class Platform(Protocol):
         For what is read once or twice: it may be read across the bus. The lane's step before must be done.
         """
 
-    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def capture(self, run: Callable[[], Tensor], *, known: bool = False) -> Callable[[], Tensor]:
         """Record `run` as a graph; asks facts().graphs. The result replays it.
 
         Its output lies at the same place each time, and is valid until any graph is replayed.
+
+        known: its like has been recorded already, so that nothing is left to be loaded.
         """

@@ -73,7 +73,7 @@ class CpuPlatform:
         """See `Platform`."""
         return host
 
-    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def capture(self, run: Callable[[], Tensor], *, known: bool = False) -> Callable[[], Tensor]:
         """There are no graphs on a CPU."""
         raise AssertionError("a CPU has no graphs; facts().graphs says so")
 

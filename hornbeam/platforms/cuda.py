@@ -115,13 +115,15 @@ class CudaPlatform:
             self._staging[lane] = _Staging(1 << (max(host.nbytes, _LEAST_STAGING) - 1).bit_length(), self.device)
         return self._staging[lane].put(host)
 
-    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def capture(self, run: Callable[[], Tensor], *, known: bool = False) -> Callable[[], Tensor]:
         """See `Platform`. Graphs replay one after the other, so they share memory, that of their outputs included.
 
-        `run` first runs as it is, so that what it compiles, loads and allocates once is not part of the graph.
+        Unless its like is known, `run` first runs as it is, so that what it compiles, loads and allocates once is not
+        part of the graph.
         """
-        run()
-        self._stream.synchronize()
+        if not known:
+            run()
+            self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph() would empty the allocator's caches before each capture, which takes longer than capturing.
         graph.capture_begin(pool=self._graph_memory, capture_error_mode="thread_local")

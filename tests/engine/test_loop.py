@@ -216,6 +216,7 @@ def test_commands_do_not_wait_for_a_long_step(monkeypatch):
 
 def test_what_the_start_has_made_is_not_searched_for_garbage():
     engine = RunningEngine()
+    assert gc.isenabled()
     assert gc.get_freeze_count() > 0
     engine.stop()
     assert gc.get_freeze_count() == 0

@@ -94,7 +94,7 @@ def num_runs(monkeypatch) -> Counter[str]:
 
     facts = CpuPlatform.facts
     monkeypatch.setattr(CpuPlatform, "facts", lambda self: dataclasses.replace(facts(self), graphs=True))
-    monkeypatch.setattr(CpuPlatform, "capture", lambda self, run: (run(), lambda: run())[1])
+    monkeypatch.setattr(CpuPlatform, "capture", lambda self, run, known=False: (run(), lambda: run())[1])
     for registry in (DECODE_ATTENTION, PREFILL_ATTENTION):
         monkeypatch.setattr(registry, "entries", {"recordable": f"{__name__}:BACKEND", **registry.entries})
     monkeypatch.setattr(build, "_launch_bound", lambda executor, slot, token_counts: token_counts[:11])

@@ -1,5 +1,7 @@
 """The whole engine on a GPU: the same greedy tokens with and without graphs, overlap and FlashInfer."""
 
+import sys
+
 import pytest
 import torch
 from gpu_checkpoints import FLAGS, PARAMS, PROMPTS, greedy_tokens, save_random
@@ -88,6 +90,34 @@ def test_nothing_is_compiled_in_service(wide_checkpoint, monkeypatch):
             for params in (PARAMS, {**PARAMS, "temperature": 0.8, "top_p": 0.9, "top_k": 20}):
                 engine.generate(input_ids=prompts, sampling_params=params)
     assert not compiled
+
+
+def test_decode_graphs_find_their_kernels_compiled(wide_checkpoint, monkeypatch):
+    """They were compiled side by side before: in captures it would be one after the other."""
+    from hornbeam import Engine
+    from hornbeam.ops.launch import Kernel
+    from hornbeam.platforms.cuda import CudaPlatform
+
+    triton = pytest.importorskip("triton")
+    for module in [module for name, module in sys.modules.items() if name.startswith("hornbeam.ops.")]:
+        for kernel in vars(module).values():
+            if isinstance(kernel, Kernel):  # as in a new process
+                kernel._launches.clear()
+                kernel._function.device_caches.clear()
+    capture, compiled, late = CudaPlatform.capture, [], []
+
+    def watched(self, run, *, known=False):
+        before = len(compiled)
+        replay = capture(self, run, known=known)
+        late.extend(compiled[before:])
+        return replay
+
+    monkeypatch.setattr(CudaPlatform, "capture", watched)
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **facts: compiled.append(name_of(facts)))
+    with Engine(model_path=str(wide_checkpoint), dtype="bfloat16", disable_prefill_cuda_graph=True, **FLAGS):
+        pass
+    assert compiled
+    assert not late
 
 
 def name_of(facts) -> str:

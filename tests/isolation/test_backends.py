@@ -79,8 +79,6 @@ def reason(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def probe_name(registry: Registry) -> str:
-    if registry in ATTENTION:
-        return "attention"
     return registry.name.removeprefix("single_")
 
 

@@ -146,7 +146,7 @@ def _load_rows(pointers, present, inside, EVEN: tl.constexpr):
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=("num_rows",))
 def _rows_kernel(
     x_ptr,
     weight_ptr,
