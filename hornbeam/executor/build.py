@@ -115,7 +115,8 @@ def _make_executor(
     num_slots, page_size = options.scheduler.max_running_requests, options.cache.page_size
     max_pages = -(-options.model.context_len // page_size)
     sampler = Sampler(num_slots, config.vocab_size, kernels.sample, platform.device)
-    state = SlotState(num_slots, len(specs), max_pages, page_size, sampler, kernels.layout, platform.device)
+    parts = sampler, kernels.layout, platform.device, options.executor.graph_batch_sizes
+    state = SlotState(num_slots, len(specs), max_pages, page_size, *parts)
     shapes = [_shape(config, spec, page_size, max_pages, platform) for spec in specs]
     attention = [[_attention(kernels, shape, num_slots) for shape in shapes] for _ in range(NUM_LANES)]
     shares = kernels.decode_attention.least_shared if options.executor.cascade else None

@@ -91,16 +91,14 @@ class Executor:
 
     def _sample(self, plan: StepPlan, batch: Batch, tokens: StepTokens, logits: Tensor) -> Sampled:
         """Choose ids, remember them on the device, and start their way to the host."""
+        num_rows = plan.num_samples
         if plan.chunks:
-            rows = batch.sample_rows  # positions are of one dtype in all steps: kernels are compiled for it
+            rows = batch.sample_rows[:num_rows]  # positions are of one dtype in all steps: kernels are compiled for it
             slots, positions = tokens.slots[rows], (tokens.positions[rows] + 1).int()
         else:
-            num_rows = len(plan.decode)
-            logits, slots, positions = logits[:num_rows], tokens.decode_slots[:num_rows], tokens.decode_lens[:num_rows]
-        last_ids = self._state.last_ids
-        return self._sampler.sample(
-            logits, slots, positions, last_ids, plan.sampling_slots, batch.logprob_rows
-        ).download()
+            slots, positions = tokens.decode_slots[:num_rows], tokens.decode_lens[:num_rows]
+        wanted, last_ids = (plan.sampling_slots, batch.logprob_rows), self._state.last_ids
+        return self._sampler.sample(logits[:num_rows], slots, positions, last_ids, *wanted).download()
 
     def _score(self, plan: StepPlan, batch: Batch, hidden: Tensor) -> RowLogprobs | None:
         """Logprobs of the prompts' tokens that are wanted, on their way to the host."""

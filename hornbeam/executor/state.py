@@ -26,7 +26,7 @@ class Batch:
     tokens: PlannedTokens
     chunk_slots: Tensor  # [C]
     chunk_ends: Tensor  # [C]: length after the step
-    sample_rows: Tensor  # [B + N]: of the step's B + T rows, those that sample; the first one where none does
+    sample_rows: Tensor  # [>= B + N]: of the step's B + T rows, those that sample, then padding: the first row
     logprob_rows: Tensor  # among the sampling rows, those that want logprobs
     score_rows: Tensor  # [P]: among the step's B + T rows, those that score the token behind them
     score_ids: Tensor  # [P]: these tokens
@@ -45,7 +45,9 @@ class SlotState:
         sampler: Sampler,
         layout: Layout,
         device: torch.device,
+        row_counts: Sequence[int],  # ascending, whose products are known: the library looks into others at first use
     ) -> None:
+        self._row_counts = row_counts
         self.num_slots = num_slots
         self._tables = SlotTables(
             lens=torch.zeros(num_slots + 1, dtype=torch.int64, device=device),
@@ -131,7 +133,8 @@ class SlotState:
         packing["chunk_slots"] = slots
         packing["chunk_ends"] = ends
         rows = np.concatenate((np.arange(num_rows), num_rows + row_ends[samples] - 1))
-        packing["sample_rows"] = rows if len(rows) else np.zeros(1, dtype=np.int64)  # as kernels want some row
+        size = next((count for count in self._row_counts if count >= len(rows)), len(rows) or 1)  # kernels want some
+        packing["sample_rows"] = np.pad(rows, (0, size - len(rows)))
         packing["logprob_rows"] = _integers(self._sampler.rows_with_logprobs(plan.sampling_slots))
         scored = [(chunk, num_rows + end) for chunk, end in zip(chunks, row_ends, strict=True) if chunk.scored_ids]
         packing["score_rows"] = _integers([row for chunk, end in scored for row in _score_rows(chunk, end)])

@@ -18,6 +18,7 @@ from hornbeam.executor import build
 from hornbeam.executor.graphs import DecodeGraphs, fit_size
 from hornbeam.executor.mixed_graphs import MixedGraphs
 from hornbeam.executor.runner import Runner
+from hornbeam.executor.state import SlotState
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION
 from hornbeam.ops.attention.reference import ReferenceAttention
 from hornbeam.ops.moe.reference import ReferenceBackend, ReferenceRouting
@@ -132,6 +133,19 @@ def test_replayed_steps_say_the_same(tiny_checkpoint, num_runs, max_running_requ
     assert num_runs["mixed"] > 10
     assert num_runs["decode"] > 10
     assert num_runs["launched"] == 2, "these are of the warm-up"
+
+
+def test_rows_that_sample_are_as_many_as_some_graph_has(tiny_checkpoint, num_runs, monkeypatch):
+    apply, numbers = SlotState.apply, Counter()
+
+    def counted(self, *arguments):
+        batch = apply(self, *arguments)
+        numbers[len(batch.sample_rows)] += 1
+        return batch
+
+    monkeypatch.setattr(SlotState, "apply", counted)
+    generate(tiny_checkpoint, attention_backend="recordable", cuda_graph_bs=[2, 3])
+    assert numbers.keys() == {2, 3, 4}, "there are four slots, and no graph for four"
 
 
 @pytest.mark.parametrize(
