@@ -99,7 +99,7 @@ def build_executor(
         executor.use_pool(CachePool(specs, num_pages, page_size, platform.device))
     advice = f"lower {flag} or --cuda-graph-max-bs, or set --disable-cuda-graph"
     with _told(platform, "the graphs", advice), platform.tagged("graphs"):
-        _capture(executor, runner, platform, state, kernels, options.executor)
+        _capture(executor, runner, platform, state, kernels, options.executor, options.model.context_len)
     return BuiltExecutor(executor=executor, specs=specs, num_pages=num_pages, quantization=quantization.name)
 
 
@@ -168,12 +168,18 @@ def _rehearse(runner: Runner, platform: Platform, state: SlotState, batch_sizes:
 
 
 def _capture(
-    executor: Executor, runner: Runner, platform: Platform, state: SlotState, kernels: Kernels, options: ExecutorOptions
+    executor: Executor,
+    runner: Runner,
+    platform: Platform,
+    state: SlotState,
+    kernels: Kernels,
+    options: ExecutorOptions,
+    context_len: int,
 ) -> None:
     """Record as graphs, over the present pool, what the options ask for and the kernels let be recorded."""
     decodes, pads = _records(kernels), options.graph_padding
     mixes = decodes and kernels.prefill_attention.captures_prefill
-    token_counts = _launch_bound(executor, state.num_slots, options.graph_token_counts) if mixes else ()
+    token_counts = _launch_bound(executor, state.num_slots, context_len, options.graph_token_counts) if mixes else ()
 
     @torch.inference_mode()
     def record() -> Callable[[], None]:
@@ -191,14 +197,18 @@ def _capture(
     platform.submit(record).result()
 
 
-def _launch_bound(executor: Executor, padding_slot: int, token_counts: tuple[int, ...]) -> tuple[int, ...]:
-    """Of ascending `token_counts` those whose steps keep the host busy for longer than the device."""
+def _launch_bound(
+    executor: Executor, num_slots: int, context_len: int, token_counts: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Of ascending `token_counts` those that steps can have, and that keep the host busy for longer than the device."""
+    token_counts = tuple(number for number in token_counts if number <= num_slots * context_len)
 
     def waits_for_device(num_tokens: int) -> bool:
-        prompt = Chunk(slot=padding_slot, start=0, token_ids=(0,) * num_tokens, samples=True)
+        lens = [min(context_len, num_tokens - first) for first in range(0, num_tokens, context_len)]
+        prompts = tuple(Chunk(slot=num_slots, start=0, token_ids=(0,) * length, samples=True) for length in lens)
         for step_id in range(2):  # the first one compiles and loads what is new
             started = time.perf_counter()
-            step = executor.launch(StepPlan(step_id=step_id, chunks=(prompt,)))
+            step = executor.launch(StepPlan(step_id=step_id, chunks=prompts))
             launched = time.perf_counter() - started
             step.result()
         return launched < _HOST_SHARE * (time.perf_counter() - started)

@@ -98,7 +98,9 @@ def num_runs(monkeypatch) -> Counter[str]:
     monkeypatch.setattr(CpuPlatform, "capture", lambda self, run, known=False: (run(), lambda: run())[1])
     for registry in (DECODE_ATTENTION, PREFILL_ATTENTION):
         monkeypatch.setattr(registry, "entries", {"recordable": f"{__name__}:BACKEND", **registry.entries})
-    monkeypatch.setattr(build, "_launch_bound", lambda executor, slot, token_counts: token_counts[:11])
+    monkeypatch.setattr(
+        build, "_launch_bound", lambda executor, num_slots, context_len, token_counts: token_counts[:11]
+    )
     counted(DecodeGraphs, "replay", "decode")
     counted(MixedGraphs, "replay", "mixed")
     counted(Runner, "run", "launched")
@@ -179,9 +181,14 @@ def test_steps_are_recorded_whose_launch_takes_longer_than_they_do(monkeypatch):
         def result(self):
             clock[0] = max(clock[0], self._end)
 
-    executor = SimpleNamespace(launch=lambda plan: Step(plan.num_tokens / 50))
-    assert build._launch_bound(executor, 4, (32, 64, 512, 640, 1024)) == (32, 64, 512)
-    assert build._launch_bound(executor, 4, (1024,)) == ()
+    def launch(plan):
+        assert all(chunk.slot == 4 and len(chunk.token_ids) <= 300 for chunk in plan.chunks)
+        return Step(plan.num_tokens / 50)
+
+    executor = SimpleNamespace(launch=launch)
+    assert build._launch_bound(executor, 4, 300, (32, 64, 512, 640, 1024)) == (32, 64, 512)
+    assert build._launch_bound(executor, 4, 300, (1024,)) == ()
+    assert build._launch_bound(executor, 4, 100, (32, 64, 512)) == (32, 64), "no step has 512 tokens"
 
 
 def test_compiled_steps_say_the_same(tiny_checkpoint, num_runs, monkeypatch):
