@@ -327,9 +327,9 @@ def _prepare_products(model: torch.nn.Module, options: ExecutorOptions, chunk_si
     sizes = tuple(dict.fromkeys((*batch_sizes, *token_counts, chunk_size)))
     for kind, num_rows in ((Linear, sizes), (Head, batch_sizes)):
         modules = [module for module in model.modules() if isinstance(module, kind)]
-        weights = {weight.shape: weight for module in modules if (weight := module.plain_weight) is not None}
+        weights = [weight for module in modules if (weight := module.plain_weight) is not None]
         if weights and num_rows:
-            modules[0].product.prepare(list(weights.values()), num_rows)
+            modules[0].product.prepare(weights, num_rows)
 
 
 def _largest_chunk(options: EngineOptions) -> int:

@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         self._norm = context.kernels.norm
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[T, H] -> [T, H]. A given residual [T, H] becomes residual + x, in place, and its norm is returned."""
+        """[T, H] -> [T, H]. With a residual, x may be in parts: see `Norm.add_rms_norm`."""
         if residual is None:
             return self._norm.rms_norm(x, self.weight, self.eps)
         return self._norm.add_rms_norm(x, residual, self.weight, self.eps)
@@ -38,10 +38,9 @@ def normed_linear(
 ) -> tuple[Tensor, Tensor]:
     """linear(norm(x + residual)), and x + residual.
 
-    As one kernel where that is faster. x and residual are [T, H]; residual is None ahead of the first block, and may be
-    changed in place.
+    As one kernel where that is faster. x and residual are [T, H], or what `Linear.added` returned; either may change.
     """
-    if linear.fuses(x.shape[0], gated=False) and fwd.adapters is None:
+    if _fuse(linear, x, fwd, gated=False):
         return linear.normed(x, residual, norm.as_input(), gated=False)
     out = linear(norm(x, residual), fwd)
     return out, x if residual is None else residual
@@ -58,8 +57,13 @@ def normed_gated(
     factor: float = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """factor * a gated layer of norm(x + residual), and x + residual, or what `Linear.added` makes of them."""
-    if gate_up.fuses(x.shape[0], gated=True) and fwd.adapters is None:
+    if _fuse(gate_up, x, fwd, gated=True):
         inner, residual = gate_up.normed(x, residual, norm.as_input(), gated=True)
         return down.added(inner, residual, fwd, factor=factor)
     inner, residual = normed_linear(norm, gate_up, x, residual, fwd)
     return down.added(inner, residual, fwd, gated=True, factor=factor)
+
+
+def _fuse(linear: Linear, x: Tensor, fwd: Forward, *, gated: bool) -> bool:
+    """Whether the norm is the product's; parts are added up by the norm's own kernel."""
+    return x.ndim == 2 and fwd.adapters is None and linear.fuses(x.shape[0], gated=gated)

@@ -21,7 +21,7 @@ from hornbeam.ops.layout.contract import Layout, PlannedTokens, SlotTables, Step
 from hornbeam.ops.linear.contract import SCALE_BLOCK, Fp8Product, Fp8Weight, InputNorm, LinearProduct
 from hornbeam.ops.mla.contract import LatentRows
 from hornbeam.ops.moe.contract import ExpertsBackend, ExpertsShape, ExpertWeights, GatedUnit, Routing, RoutingRule
-from hornbeam.ops.norm.contract import Norm
+from hornbeam.ops.norm.contract import PART_COUNTS, Norm
 from hornbeam.ops.qkv.contract import HeadNorms, Qkv, Rotation
 from hornbeam.ops.query import OpQuery
 from hornbeam.ops.sample.contract import Sample
@@ -192,11 +192,12 @@ class Probes:
         self._wait()
 
     def norm(self, backend: Norm) -> None:
-        """One token, with and without a residual."""
+        """One token, with and without a residual, whole and in parts."""
         size = self._query.hidden_size or self._size
         x, weight = self._zeros(1, size), self._zeros(size)
         backend.rms_norm(x, weight, 1e-6)
-        backend.add_rms_norm(x, self._zeros(1, size), weight, 1e-6)
+        for added in (x, *(x.float().repeat(num_parts, 1, 1) for num_parts in PART_COUNTS)):
+            backend.add_rms_norm(added, self._zeros(1, size), weight, 1e-6)
         self._wait()
 
     def qkv(self, backend: Qkv) -> None:

@@ -26,3 +26,18 @@ def test_add_rms_norm_adds_in_place(device, dtype):
     expected = ReferenceNorm().add_rms_norm(x, expected_residual, weight, 1e-5)
     assert_close(BACKEND.add_rms_norm(x, residual, weight, 1e-5), expected)
     assert_close(residual, expected_residual)
+
+
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_parts_are_added_up_and_rounded_once(device, dtype, num_parts):
+    from hornbeam.ops.norm.triton import BACKEND
+
+    parts = torch.randn(num_parts, 3, 576, device=device)
+    residual, weight = torch.randn(3, 576, device=device).to(dtype), torch.randn(576, device=device).to(dtype)
+    expected_residual = (parts.double().sum(0) + residual.double()).to(dtype)
+    for backend in (BACKEND, ReferenceNorm()):
+        total = residual.clone()
+        out = backend.add_rms_norm(parts, total, weight, 1e-5)
+        assert_close(total, expected_residual)
+        assert out.dtype == dtype
+        assert_close(out, ReferenceNorm().rms_norm(expected_residual, weight, 1e-5))

@@ -27,7 +27,7 @@ class LinearProduct(Protocol):
         """None, or the reason why not."""
 
     def prepare(self, weights: Sequence[Tensor], num_rows: Sequence[int]) -> None:
-        """Find out how each of `weights` [N, K] is multiplied best with these numbers of rows; only for speed."""
+        """Find out how `weights` [N, K] of layers are multiplied best with these numbers of rows; only for speed."""
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, K], weight [N, K], bias [N] -> x W^T + b, [T, N]."""
@@ -39,7 +39,8 @@ class LinearProduct(Protocol):
         """x W^T + b, and the residual [T, N] that is still to be added to it.
 
         Where the product adds it on the way, and rounds once, the first is the sum, in the residual's memory, and there
-        is no second.
+        is no second. Where several parts of the device sum up stretches of the inputs, the first may be those sums,
+        [parts, T, N] float32, which `Norm.add_rms_norm` adds up.
         """
 
     def normed(

@@ -15,9 +15,10 @@ from torch import Tensor
 
 _WORKSPACE_BYTES = 32 * 2**20
 _MOST_OFFERS = 16
-_DTYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType_t
+_DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType_t
 _COMPUTE_FLOAT32, _FLOAT32 = 68, 0
 _TRANSPOSED_A = 3  # attribute of a product
+_BATCH_SIZE, _BATCH_STRIDE = 5, 6  # attributes of a layout
 _WORKSPACE, _REDUCTIONS = 1, 3  # attributes of a preference
 _SUMS_IN_FLOAT32 = 2  # of the ways to reduce split sums the one that does not round in between
 
@@ -82,57 +83,84 @@ class CublasLt:
         if status:
             raise RuntimeError(f"cublasLt{name} returned {status}")
 
-    def _make_layout(self, dtype: torch.dtype, num_features: int, num_rows: int, stride: int) -> c_void_p:
-        """Of a row-major matrix, which is what the library calls a column-major one of its transpose."""
+    def _make_layout(
+        self, dtype: torch.dtype, num_features: int, num_rows: int, stride: int, num_parts: int, part_stride: int
+    ) -> c_void_p:
+        """Of row-major matrices, which the library calls column-major ones of their transposes."""
         layout = c_void_p()
         sizes = c_uint64(num_features), c_uint64(num_rows), c_int64(stride)
         self._call("MatrixLayoutCreate", byref(layout), c_int(_DTYPES[dtype]), *sizes)
+        for attribute, value in ((_BATCH_SIZE, c_int32(num_parts)), (_BATCH_STRIDE, c_int64(part_stride))):
+            size = c_size_t(ctypes.sizeof(value))
+            self._call("MatrixLayoutSetAttribute", layout, c_int(attribute), byref(value), size)
         return layout
 
-    def _layouts(self, x: Tensor, weight: Tensor) -> tuple[c_void_p, c_void_p, c_void_p]:
-        (num_rows, num_in), num_out, dtype = x.shape, weight.shape[0], x.dtype
+    def _layouts(self, x: Tensor, weight: Tensor, num_parts: int) -> tuple[c_void_p, c_void_p, c_void_p]:
+        (num_rows, num_in), num_out = x.shape, weight.shape[0]
+        assert num_in % num_parts == 0
+        stretch = num_in // num_parts
         return (
-            self._layout(dtype, num_in, num_out, weight.stride(0)),
-            self._layout(dtype, num_in, num_rows, x.stride(0)),
-            self._layout(dtype, num_out, num_rows, num_out),
+            self._layout(x.dtype, stretch, num_out, weight.stride(0), num_parts, stretch),
+            self._layout(x.dtype, stretch, num_rows, x.stride(0), num_parts, stretch),
+            self._layout(_out_dtype(x, num_parts), num_out, num_rows, num_out, num_parts, num_rows * num_out),
         )
 
-    def offers(self, x: Tensor, weight: Tensor) -> list[Algorithm]:
-        """What the library thinks fit for x W^T, x [T, K] and weight [N, K] in half precision; its favourite first."""
-        of_weight, of_x, of_out = self._layouts(x, weight)
+    def offers(self, x: Tensor, weight: Tensor, num_parts: int = 1) -> list[Algorithm]:
+        """What the library thinks fit for `linear` of x [T, K] and weight [N, K]; its favourite first."""
+        of_weight, of_x, of_out = self._layouts(x, weight, num_parts)
         offers, num_offers = (_Offer * _MOST_OFFERS)(), c_int()
         layouts = of_weight, of_x, of_out, of_out
         arguments = self._product, *layouts, self._preference, c_int(_MOST_OFFERS), offers, byref(num_offers)
-        self._call("MatmulAlgoGetHeuristic", self._handle, *arguments)
+        try:
+            self._call("MatmulAlgoGetHeuristic", self._handle, *arguments)
+        except RuntimeError:
+            return []
         return [bytes(offer.algorithm) for offer in offers[: num_offers.value] if offer.status == 0]
 
-    def variants(self, x: Tensor, weight: Tensor, algorithm: Algorithm, setting: Setting) -> Iterator[Algorithm]:
+    def variants(
+        self, x: Tensor, weight: Tensor, algorithm: Algorithm, setting: Setting, num_parts: int = 1
+    ) -> Iterator[Algorithm]:
         """The algorithm with other values of a setting, where the library allows them."""
-        of_weight, of_x, of_out = self._layouts(x, weight)
         for number in setting.values:
-            variant, checked = (c_uint64 * 8).from_buffer_copy(algorithm), _Offer()
+            variant = (c_uint64 * 8).from_buffer_copy(algorithm)
             attribute, value = c_int(setting.attribute), setting.type(number)
             size = c_size_t(ctypes.sizeof(value))
-            layouts = self._product, of_weight, of_x, of_out, of_out
             try:
                 self._call("MatmulAlgoConfigSetAttribute", variant, attribute, byref(value), size)
-                self._call("MatmulAlgoCheck", self._handle, *layouts, variant, byref(checked))
             except RuntimeError:
                 continue
-            if checked.workspace_bytes <= _WORKSPACE_BYTES and bytes(variant) != algorithm:
+            if bytes(variant) != algorithm and self.allows(x, weight, bytes(variant), num_parts):
                 yield bytes(variant)
 
-    def linear(self, x: Tensor, weight: Tensor, algorithm: Algorithm, residual: Tensor | None = None) -> Tensor:
-        """x [T, K] and weight [N, K] with adjacent features -> x W^T, [T, N]; added to a residual [T, N] in place.
+    def allows(self, x: Tensor, weight: Tensor, algorithm: Algorithm, num_parts: int = 1) -> bool:
+        """Whether the algorithm can do `linear`."""
+        of_weight, of_x, of_out = self._layouts(x, weight, num_parts)
+        layouts, checked = (self._product, of_weight, of_x, of_out, of_out), _Offer()
+        try:
+            copied = (c_uint64 * 8).from_buffer_copy(algorithm)
+            self._call("MatmulAlgoCheck", self._handle, *layouts, copied, byref(checked))
+        except (RuntimeError, ValueError):  # ValueError: it is too short to be one
+            return False
+        return bool(checked.workspace_bytes <= _WORKSPACE_BYTES)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, algorithm: Algorithm, residual: Tensor | None = None, num_parts: int = 1
+    ) -> Tensor:
+        """x [T, K] and weight [N, K] in half precision, with adjacent features -> x W^T, [T, N].
+
+        residual: [T, N]; the product is added to it in place.
+        num_parts: above 1, the sums over so many equal stretches of the inputs are left apart: [parts, T, N] float32.
 
         Raises:
             RuntimeError: the algorithm cannot do it.
         """
         assert x.stride(1) == weight.stride(1) == 1
-        assert residual is None or residual.is_contiguous()
-        shape = x.shape[0], weight.shape[0]
-        out = torch.empty(shape, dtype=x.dtype, device=x.device) if residual is None else residual
-        of_weight, of_x, of_out = self._layouts(x, weight)
+        assert residual is None or (residual.is_contiguous() and num_parts == 1)
+        shape = (x.shape[0], weight.shape[0]) if num_parts == 1 else (num_parts, x.shape[0], weight.shape[0])
+        out = residual
+        if out is None:
+            out = torch.empty(shape, dtype=_out_dtype(x, num_parts), device=x.device)
+        of_weight, of_x, of_out = self._layouts(x, weight, num_parts)
         status = self._library.cublasLtMatmul(
             self._handle,
             self._product,
@@ -154,3 +182,7 @@ class CublasLt:
         if status:
             raise RuntimeError(f"cublasLtMatmul returned {status}")
         return out
+
+
+def _out_dtype(x: Tensor, num_parts: int) -> torch.dtype:
+    return x.dtype if num_parts == 1 else torch.float32

@@ -209,7 +209,10 @@ class TritonLinear:
         except OSError as error:
             logger.warning("cuBLASLt cannot be opened (%s): products take cuBLAS's own choice of algorithms", error)
             return
-        self._library.prepare([(n, weight) for weight in weights for n in num_rows if not _is_own(n, weight)])
+        alike: dict[torch.Size, list[Tensor]] = {}
+        for weight in weights:
+            alike.setdefault(weight.shape, []).append(weight)
+        self._library.prepare([(n, group) for group in alike.values() for n in num_rows if not _is_own(n, group[0])])
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `LinearProduct`."""
@@ -233,7 +236,7 @@ class TritonLinear:
         """See `LinearProduct`. What is done here leaves the residual to the norm behind, which has it at hand."""
         if bias is not None or self._library is None or _is_own(x.shape[0], weight):
             return self.linear(x, weight, bias), residual
-        return self._library.linear(x, weight, residual), None
+        return self._library.added(x, weight, residual)
 
     def normed(
         self,

@@ -7,6 +7,8 @@ from torch import Tensor
 from hornbeam.core.registry import Registry
 from hornbeam.ops.query import OpQuery
 
+PART_COUNTS = (2, 3, 4)  # into so many parts products may leave their sums
+
 
 class Norm(Protocol):
     """T tokens, H features; the result has the dtype of `x`, the weight the same or float32."""
@@ -18,7 +20,10 @@ class Norm(Protocol):
         """[T, H] -> [T, H]."""
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Add x to `residual` in place, both [T, H], and return the normalised sum."""
+        """Add x to `residual` in place, both [T, H], and return the normalised sum, in the residual's dtype.
+
+        x may also be [parts, T, H] float32, see PART_COUNTS: what is added then is the sum of the parts.
+        """
 
 
 NORM: Registry[OpQuery, Norm] = Registry(

@@ -22,7 +22,7 @@ class CpuNorm:
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Norm`."""
-        return self.rms_norm(residual.add_(x), weight, eps)
+        return self.rms_norm(residual.add_(x if x.ndim == 2 else x.sum(0)), weight, eps)
 
 
 BACKEND = CpuNorm()

@@ -21,7 +21,7 @@ class ReferenceNorm:
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Norm`."""
-        residual += x
+        residual += x if x.ndim == 2 else x.sum(0)
         return self.rms_norm(residual, weight, eps)
 
 

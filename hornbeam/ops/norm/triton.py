@@ -1,4 +1,4 @@
-"""RMS normalisation as one kernel, the addition of the residual included: one program per token."""
+"""RMS normalisation as one kernel, the addition of parts and the residual included: one program per token."""
 
 import torch
 import triton
@@ -18,7 +18,9 @@ def _rms_norm_kernel(
     weight_ptr,
     out_ptr,
     x_stride,
+    part_stride,
     eps,
+    PARTS: tl.constexpr,
     ADD: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -33,9 +35,11 @@ def _rms_norm_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(x_ptr + part * part_stride + row * x_stride + columns, mask=inside, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + row * SIZE + columns, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
         tl.store(residual_ptr + row * SIZE + columns, x, mask=inside)
     wide = x.to(tl.float32)
     wide *= tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
@@ -60,18 +64,21 @@ class TritonNorm:
 
 
 def _launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, add: bool) -> Tensor:
-    num_tokens, size = x.shape
-    assert x.stride(1) == 1, "features must be adjacent"
+    num_tokens, size = residual.shape
+    parts = x if x.ndim == 3 else x[None]
+    assert parts.stride(2) == 1, "features must be adjacent"
     assert not add or residual.is_contiguous()
-    out = torch.empty((num_tokens, size), dtype=x.dtype, device=x.device)
+    out = torch.empty((num_tokens, size), dtype=residual.dtype, device=x.device)
     block = next_power_of_2(size)
     _rms_norm_kernel[(num_tokens,)](
-        x,
+        parts,
         residual,
         weight,
         out,
-        x.stride(0),
+        parts.stride(1),
+        parts.stride(0),
         eps,
+        PARTS=parts.shape[0],
         ADD=add,
         SIZE=size,
         BLOCK=block,
