@@ -162,7 +162,10 @@ def _rehearse(runner: Runner, platform: Platform, state: SlotState, batch_sizes:
         return lambda: None
 
     started = time.perf_counter()
-    platform.submit(rehearse).result()
+    try:
+        platform.submit(rehearse).result()
+    except Exception as error:  # something sets itself up at first use, which cannot be recorded: nothing is lost
+        logger.warning("decode steps cannot be rehearsed (%s): their kernels are compiled one by one", error)
     launches.compile()
     logger.info("compiled kernels of decode steps in %.1f s", time.perf_counter() - started)
 

@@ -224,6 +224,18 @@ def test_padding_takes_no_expert(tmp_path, num_runs, monkeypatch):
     assert any(0 < routed < total for routed, total in rows)
 
 
+def test_a_rehearsal_that_fails_is_told_and_costs_nothing_but_time(tiny_checkpoint, num_runs, monkeypatch, caplog):
+    def rehearse(self, run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(build.WithheldLaunches, "rehearse", rehearse)
+    expected = generate(tiny_checkpoint, disable_cuda_graph=True, attention_backend="reference")
+    with caplog.at_level("WARNING", build.__name__):
+        assert generate(tiny_checkpoint, attention_backend="recordable") == expected
+    assert num_runs["decode"] > 10
+    assert "cannot be rehearsed (operation not permitted" in caplog.text
+
+
 def test_sizes():
     assert fit_size((1, 2, 8), 3, pads=True) == 8
     assert fit_size((1, 2, 8), 8, pads=False) == 8
