@@ -26,6 +26,7 @@ MAX_PATIENCE = 0.2  # seconds until such a request is cancelled
 NUM_ROUNDS = 10
 IDLE_SECONDS = 5.0  # for the engine to let go of everything
 MAX_PROMPT, MAX_NEW = 200, 16
+LONG_PROMPTS = 1 / 30  # share of requests
 LONG = 400  # tokens asked for by those who will cancel
 _ROW = "{:>9} {:>10} {:>12} {:>14} {:>15}"
 _TITLES = ("requests", "cancelled", "host (MiB)", "device (MiB)", "longest gap (s)")
@@ -46,26 +47,29 @@ def main(argv: Sequence[str]) -> int:
     """`hornbeam bench engine-soak`. Raises HornbeamError if an answer is wrong or pages stay taken."""
     parser = FlagParser("hornbeam bench engine-soak", __doc__ or "")
     parser.add_argument("--requests", type=int, default=20_000, help="Default: %(default)s.")
+    parser.add_argument(
+        "--longest-prompt", type=int, default=MAX_PROMPT, metavar="N", help="One prompt in 30 has up to N tokens."
+    )
     parser.add_argument("--json", "--result-filename", type=Path, metavar="FILE", help="Append JSON lines to it.")
     parser.add_flags()
     values = parser.parse_flags(argv)
-    num_requests, json_path = values.pop("requests"), values.pop("json")
+    num_requests, longest, json_path = (values.pop(name) for name in ("requests", "longest_prompt", "json"))
     user = {**checked(values), "skip_tokenizer_init": True}
     set_up_logging(user.get("log_level", "warning"), "bench")
     with Engine(**user) as engine:
         show(_ROW.format(*_TITLES))
-        rounds = [asdict(round) for round in asyncio.run(_run(engine, num_requests // NUM_ROUNDS))]
+        rounds = [asdict(round) for round in asyncio.run(_run(engine, num_requests // NUM_ROUNDS, longest))]
     show("\n".join(map(json.dumps, rounds)))
     append_json(json_path, rounds)
     return 0
 
 
-async def _run(engine: Engine, size: int) -> list[Round]:
+async def _run(engine: Engine, size: int, longest_prompt: int) -> list[Round]:
     draw, rounds, num_cancelled = random.Random(0), [], 0
     for number in range(1, NUM_ROUNDS + 1):
         patience = [draw.uniform(0, MAX_PATIENCE) if draw.random() < CANCELLED else None for _ in range(size)]
         num_cancelled += sum(limit is not None for limit in patience)
-        longest_gap = await _round(engine, patience, draw)
+        longest_gap = await _round(engine, patience, longest_prompt, draw)
         await _check_free(engine)
         memory = resident_bytes(), _device_bytes()
         rounds.append(
@@ -82,7 +86,7 @@ async def _run(engine: Engine, size: int) -> list[Round]:
     return rounds
 
 
-async def _round(engine: Engine, patience: list[float | None], draw: random.Random) -> float:
+async def _round(engine: Engine, patience: list[float | None], longest_prompt: int, draw: random.Random) -> float:
     """Seconds of the longest time without an answer."""
     vocab_size = engine.get_server_info()["vocab_size"]
     waiting, last, longest = list(patience), time.monotonic(), 0.0
@@ -90,7 +94,8 @@ async def _round(engine: Engine, patience: list[float | None], draw: random.Rand
     async def client() -> None:
         nonlocal last, longest
         while waiting:
-            ids = [draw.randrange(vocab_size) for _ in range(draw.randint(1, MAX_PROMPT))]
+            most = longest_prompt if draw.random() < LONG_PROMPTS else min(MAX_PROMPT, longest_prompt)
+            ids = draw.choices(range(vocab_size), k=draw.randint(1, most))
             await _request(engine, ids, waiting.pop(), draw.randint(1, MAX_NEW))
             now = time.monotonic()
             last, longest = now, max(longest, now - last)

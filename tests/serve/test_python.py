@@ -23,7 +23,7 @@ def _fake(monkeypatch):
 
 @pytest.fixture
 def engine():
-    with hornbeam.Engine(model_path="fake", random_seed=10) as engine:
+    with hornbeam.Engine(model_path="fake", random_seed=30) as engine:
         yield engine
 
 
