@@ -36,6 +36,13 @@ def test_decode_of_one_long_row_is_split(device, dtype):
     check(case, create(case.shape, 8).plan_decode(case.rows))
 
 
+def test_many_parts_of_a_row_are_merged(device):
+    from hornbeam.ops.attention.balanced import BalancedDecode
+
+    case = make_case(make_shape(device, torch.float32, 8, 1, 256), [511, 30], [1, 1])
+    check(case, BalancedDecode(case.shape, 8, num_processors=20).plan(case.rows))
+
+
 def test_decode_with_several_queries_per_row(device, dtype):
     case = make_case(make_shape(device, dtype, 6, 2, 64), [3, 130, 66], [3, 3, 3])
     check(case, create(case.shape, 8).plan_decode(case.rows))

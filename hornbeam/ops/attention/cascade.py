@@ -53,11 +53,12 @@ def _shared_kernel(
 ):
     """One strip for one key-value head.
 
+    Launched behind the kernel for the rows' own keys, which has waited for the queries before it lets this one begin,
+    so that both can run at a time. Before it ends it waits for that one: whoever waits for it has waited for both.
     parts: [tiles + strips, NUM_KV_HEADS, BLOCK, HEAD_DIM] float32, lse: [tiles + strips, NUM_KV_HEADS, BLOCK] float32,
     base 2, by the sums of tile and strip.
     """
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     strip, kv_head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
     position = strip * tl.load(strips_ptr)
@@ -104,6 +105,8 @@ def _shared_kernel(
         tl.store(lse_ptr + part, lse, mask=valid)
         tile += 1
         position = until
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
 
 
 class Cascade:
