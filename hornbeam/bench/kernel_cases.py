@@ -31,7 +31,7 @@ from hornbeam.ops.norm.reference import ReferenceNorm
 from hornbeam.ops.qkv.contract import QKV, HeadNorms, Qkv, Rotation
 from hornbeam.ops.qkv.reference import ReferenceQkv
 from hornbeam.ops.rope.frequencies import rope_table
-from hornbeam.ops.sample.contract import SAMPLE, Sample
+from hornbeam.ops.sample.contract import SAMPLE, Limits, Sample
 from hornbeam.ops.sample.reference import ReferenceSample
 
 
@@ -163,13 +163,24 @@ def _sample(
         expected=lambda: ReferenceSample().sample(*arguments),
         num_bytes=count_bytes(logits),
     )
-    filters = (torch.full_like(seeds, 50), torch.full_like(temperatures, 0.9), torch.zeros_like(temperatures))
+    for top_k, top_p in ((50, 0.9), (0, 0.95)):
+        limits = Limits(
+            top_ks=torch.full_like(seeds, top_k),
+            top_ps=torch.full_like(temperatures, top_p),
+            min_ps=torch.zeros_like(temperatures),
+        )
+        yield Case(
+            shape=f"top-k {top_k}, top-p {top_p} {num_rows}x{shape.vocab_size}",
+            run=partial(backend.sample, *arguments, limits),
+            expected=partial(ReferenceSample().sample, *arguments, limits),
+            num_bytes=count_bytes(logits),
+            captures=not isinstance(backend, ReferenceSample),  # it looks at its values
+        )
     yield Case(
-        shape=f"top-k, top-p {num_rows}x{shape.vocab_size}",
-        run=lambda: backend.thresholds(logits, temperatures, *filters),
-        expected=lambda: ReferenceSample().thresholds(logits, temperatures, *filters),
+        shape=f"20 logprobs {num_rows}x{shape.vocab_size}",
+        run=lambda: backend.logprobs(logits, seeds.unsqueeze(1), 20)[2],
+        expected=lambda: ReferenceSample().logprobs(logits, seeds.unsqueeze(1), 20)[2],
         num_bytes=count_bytes(logits),
-        captures=not isinstance(backend, ReferenceSample),  # it looks at its values
     )
 
 

@@ -24,7 +24,7 @@ from hornbeam.ops.moe.contract import ExpertsBackend, ExpertsShape, ExpertWeight
 from hornbeam.ops.norm.contract import PART_COUNTS, Norm
 from hornbeam.ops.qkv.contract import HeadNorms, Qkv, Rotation
 from hornbeam.ops.query import OpQuery
-from hornbeam.ops.sample.contract import Sample
+from hornbeam.ops.sample.contract import Limits, Sample
 
 _MAX_PAGES = 16  # of the page table: kernels are compiled for strides of it that 16 divides, as real ones mostly are
 
@@ -216,15 +216,15 @@ class Probes:
         size, ones, zeros = self._query.vocab_size, torch.ones(1, device=self._device), self._integers(1)
         logits, counts = self._zeros(1, size), self._integers(1, size, dtype=torch.int32)
 
-        def draw(thresholds: Tensor | None) -> None:
-            backend.sample(logits, zeros, zeros.int(), ones, zeros, self._integers(1), thresholds)
+        def draw(limits: Limits | None) -> None:
+            backend.sample(logits, zeros, zeros.int(), ones, zeros, self._integers(1), limits)
             self._wait()
 
         uses: list[Callable[[], object]] = [
             lambda: backend.penalize(logits, zeros, counts, ones, ones, ones),
-            lambda: backend.thresholds(logits, ones, zeros + 1, ones / 2, ones / 2),
+            lambda: backend.logprobs(logits, self._integers(1, 1), 1),
             lambda: draw(None),
-            lambda: draw(zeros.float()),
+            lambda: draw(Limits(top_ks=zeros + 1, top_ps=ones / 2, min_ps=ones / 2)),
         ]
         side_by_side(uses, self._device)
         self._wait()

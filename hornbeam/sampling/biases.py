@@ -41,7 +41,7 @@ class Biases:
     def add(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """[R, V] float32, new, from logits [R, V] of `slots` [R], for ids at `positions` [R]."""
         values = torch.where(positions.unsqueeze(1) < self._ends[slots], self._values[slots], 0.0)
-        return logits.float().scatter_add(1, self._ids[slots], values)
+        return logits.to(torch.float32, copy=True).scatter_add_(1, self._ids[slots], values)
 
 
 def _entries(start: SlotStart) -> list[tuple[int, float, int]]:

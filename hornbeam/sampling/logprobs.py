@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from hornbeam.core.request import LogprobOptions, TokenLogprobs
+from hornbeam.ops.sample.contract import Sample
 from hornbeam.sampling.lists import SlotLists, padded
 
-# Rows whose logits are in float32 at once: this bounds the memory that scoring a long prompt takes.
+# Rows whose logits are in memory at once: this bounds the memory that scoring a long prompt takes.
 BLOCK_ROWS = 256
 
 
@@ -46,7 +47,8 @@ class RowLogprobs:
 class Logprobs:
     """The tokens whose log-probabilities each slot's request asks for, and how all of them are computed."""
 
-    def __init__(self, num_slots: int, device: torch.device) -> None:
+    def __init__(self, num_slots: int, op: Sample, device: torch.device) -> None:
+        self._op = op
         self._asked_ids = SlotLists(num_slots, torch.int64, device)
 
     @staticmethod
@@ -79,10 +81,13 @@ class Logprobs:
         blocks = []
         for begin in range(0, len(rows), BLOCK_ROWS):
             block = slice(begin, begin + BLOCK_ROWS)
-            logits = logits_of(rows[block]).float()
-            norms = logits.logsumexp(-1, keepdim=True)
-            top, top_ids = logits.topk(min(num_top, logits.shape[1]), -1)
-            chosen, asked = (logits.gather(1, wanted) - norms for wanted in (ids[block].unsqueeze(1), asked_ids[block]))
-            blocks.append((chosen.squeeze(1), top_ids, top - norms, asked))
+            logits, wanted = logits_of(rows[block]), torch.cat((ids[block].unsqueeze(1), asked_ids[block]), 1)
+            of_ids, top_ids, top = self._op.logprobs(logits, wanted, min(num_top, logits.shape[1]))
+            blocks.append((of_ids[:, 0], top_ids, top, of_ids[:, 1:]))
         chosen, top_ids, top, asked = map(torch.cat, zip(*blocks, strict=True))
         return RowLogprobs(options=options, chosen=chosen, top_ids=top_ids, top=top, asked=asked)
+
+
+def rows_of(logits: Tensor) -> Callable[[Tensor], Tensor]:
+    """What `Logprobs.score` wants of logits [R, V] that are there: different rows of them, or all, uncopied."""
+    return lambda rows: logits if len(rows) == len(logits) else logits[rows]

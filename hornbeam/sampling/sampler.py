@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hornbeam.core.plan import SlotStart
 from hornbeam.core.request import LogprobOptions
-from hornbeam.ops.sample.contract import Sample
+from hornbeam.ops.sample.contract import Limits, Sample
 from hornbeam.sampling.biases import Biases
-from hornbeam.sampling.logprobs import Logprobs, RowLogprobs
+from hornbeam.sampling.logprobs import Logprobs, RowLogprobs, rows_of
 from hornbeam.sampling.penalties import Penalties
 
 
@@ -43,9 +43,10 @@ class Sampler:
         neutral = torch.tensor((0.0, 1.0, 0.0, 1.0, 0.0, 0.0), device=device)
         self._floats = neutral.unsqueeze(1).repeat(1, num_rows)
         self._integers = torch.zeros((2, num_rows), dtype=torch.int64, device=device)  # seed and top-k
+        self._limits = Limits(top_ks=self._integers[1], top_ps=self._floats[1], min_ps=self._floats[2])
         self._penalties = Penalties(num_rows, vocab_size, op, device)
         self._biases = Biases(num_rows, device)
-        self._logprobs = Logprobs(num_rows, device)
+        self._logprobs = Logprobs(num_rows, op, device)
         # What the host knows: slots whose requests exclude tokens, have penalties or biases, want logprobs.
         self._filtered: set[int] = set()
         self._penalized: set[int] = set()
@@ -106,24 +107,21 @@ class Sampler:
         logits: [R, V]; slots: [R] int64, on the host `host_slots`; positions: [R] int64 or int32 of the ids to choose;
         logprob_rows: `rows_with_logprobs(host_slots)` as a tensor.
         """
-        scores, thresholds = logits, None
+        scores = logits
         penalized = _any_of(self._penalized, host_slots)
         if penalized:
             scores = self._penalties.apply(scores, slots, self._floats[3:, slots])
         if _any_of(self._biased, host_slots):
             scores = self._biases.add(scores, slots, positions)
-        if _any_of(self._filtered, host_slots):
-            temperatures, top_ps, min_ps = self._floats[:3, slots]
-            thresholds = self._op.thresholds(scores, temperatures, self._integers[1, slots], top_ps, min_ps)
-        temperatures, seeds = self._floats[0], self._integers[0]
-        ids = self._op.sample(scores, slots, positions, temperatures, seeds, last_ids, thresholds)
+        limits = self._limits if _any_of(self._filtered, host_slots) else None
+        ids = self._op.sample(scores, slots, positions, self._floats[0], self._integers[0], last_ids, limits)
         if penalized:
             self._penalties.count(slots, ids)
         host_rows = self.rows_with_logprobs(host_slots)
         if not host_rows:
             return Sampled(ids=ids)
         host_slots = [host_slots[row] for row in host_rows]
-        logprobs = self.score(logits.__getitem__, logprob_rows, ids[logprob_rows], slots[logprob_rows], host_slots)
+        logprobs = self.score(rows_of(logits), logprob_rows, ids[logprob_rows], slots[logprob_rows], host_slots)
         return Sampled(ids=ids, logprob_rows=host_rows, logprobs=logprobs)
 
     def score(

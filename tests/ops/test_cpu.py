@@ -24,6 +24,7 @@ from hornbeam.ops.qkv.cpu import CpuQkv
 from hornbeam.ops.qkv.native import NativeQkv
 from hornbeam.ops.qkv.reference import ReferenceQkv
 from hornbeam.ops.query import OpQuery
+from hornbeam.ops.sample.contract import Limits
 from hornbeam.ops.sample.cpu import CpuSample, lowest_argmax
 from hornbeam.ops.sample.reference import ReferenceSample
 
@@ -178,11 +179,12 @@ def test_activation() -> None:
 
 @pytest.mark.parametrize("vocab_size", [512, 515])
 @pytest.mark.parametrize("temperatures", [[0.0] * 4, [0.0, 1.0, 0.0, 0.5], [1.0] * 4])
-@pytest.mark.parametrize("thresholds", [None, torch.zeros(4)])
-def test_sample(vocab_size: int, temperatures: list[float], thresholds: torch.Tensor | None) -> None:
+@pytest.mark.parametrize("limited", [False, True])
+def test_sample(vocab_size: int, temperatures: list[float], limited: bool) -> None:
     logits = torch.randn(4, vocab_size)
     logits[0, 400] = logits[0, 300] = logits[0, 301] = 9.0
     slots, last_ids = torch.arange(4), torch.zeros(4, dtype=torch.int64)
-    arguments = slots, slots + 7, torch.tensor(temperatures), slots, last_ids, thresholds
+    limits = Limits(top_ks=slots * 100, top_ps=torch.ones(4), min_ps=torch.zeros(4)) if limited else None
+    arguments = slots, slots + 7, torch.tensor(temperatures), slots, last_ids, limits
     assert CpuSample().sample(logits, *arguments).equal(ReferenceSample().sample(logits, *arguments))
     assert lowest_argmax(logits)[0] == 300

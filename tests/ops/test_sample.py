@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from hornbeam.ops.sample.contract import Limits
 from hornbeam.ops.sample.reference import ReferenceSample
 
 
@@ -79,7 +80,7 @@ def test_ties_exclusions_and_nan(device):
     assert 0 <= ids[3] < 9000
 
 
-def draw_filters(device, num_rows):
+def draw_limits(device, num_rows):
     generator = random.Random(0)
     rows = [
         (generator.choice([0, 0, 1, 2, 5, 40, 10**6]), generator.choice([1.0, 1e-6, 0.3, 0.9, 0.999]))
@@ -88,31 +89,62 @@ def draw_filters(device, num_rows):
     top_ks = torch.tensor([top_k for top_k, _ in rows], device=device)
     top_ps = torch.tensor([top_p for _, top_p in rows], device=device)
     min_ps = torch.tensor([0.0, 0.0, 0.1, 1.0], device=device).repeat(num_rows)[:num_rows]
-    return top_ks, top_ps, min_ps
+    return Limits(top_ks=top_ks, top_ps=top_ps, min_ps=min_ps)
 
 
 @pytest.mark.parametrize("vocab_size", [7, 300, 5000])
 def test_thresholds_equal_the_references(device, dtype, vocab_size):
     """Rounded logits have many ties; float32 ones nearly none."""
-    from hornbeam.ops.sample.triton import BACKEND
+    from hornbeam.ops.sample.triton_thresholds import find_thresholds
 
-    logits, _, _, temperatures, *_ = draw(device, 16, vocab_size, dtype)
-    temperatures = temperatures[:16]
+    logits, slots, _, temperatures, *_ = draw(device, 16, vocab_size, dtype)
     logits[3] = 1.5  # all alike
     logits[5, ::2] = -torch.inf
-    filters = draw_filters(device, 16)
-    expected = ReferenceSample().thresholds(logits, temperatures, *filters)
-    torch.testing.assert_close(BACKEND.thresholds(logits, temperatures, *filters), expected, atol=1e-5, rtol=1e-6)
+    asked = slots, temperatures, draw_limits(device, 19)
+    expected = ReferenceSample().thresholds(logits, *asked)
+    torch.testing.assert_close(find_thresholds(logits, *asked)[0], expected, atol=1e-5, rtol=1e-6)
+
+
+def assert_is_top_p(logits, threshold, top_p, temperature):
+    """To a millionth of the mass, as sums in float32 are."""
+    masses = (logits.double() / temperature).softmax(0)
+    assert masses[logits > threshold].sum() < top_p + 1e-6
+    assert masses[logits >= threshold].sum() > top_p - 1e-6
+    assert (logits == threshold).any()
+
+
+@pytest.mark.parametrize("room", [16, 1024])
+def test_thresholds_of_long_rows(device, room, monkeypatch):
+    """Of a few tokens, and of most, for which the interval is estimated; it may hold more than there is room for."""
+    from hornbeam.ops.sample import triton_survey, triton_thresholds
+
+    monkeypatch.setattr(triton_thresholds, "_ENOUGH", 8)
+    monkeypatch.setattr(triton_thresholds, "_ROOM", room)
+    monkeypatch.setattr(triton_survey, "_PROGRAMS", 8)
+    top_ps = torch.tensor([1.0, 1.0, 0.95, 0.5, 0.95], device=device)
+    top_ks = torch.tensor([3, 2000, 0, 0, 0], device=device)
+    spread = torch.tensor([1.0, 2.0, 0.5, 0.5, 6.0], device=device)
+    logits = torch.randn(5, 20000, device=device) * spread.unsqueeze(1)
+    slots, temperatures = torch.arange(5, device=device), torch.full((5,), 0.8, device=device)
+    limits = Limits(top_ks=top_ks, top_ps=top_ps, min_ps=torch.zeros_like(top_ps))
+    lowest, _ = triton_thresholds.find_thresholds(logits, slots, temperatures, limits)
+    for row in range(2):
+        assert lowest[row] == logits[row].topk(int(top_ks[row])).values[-1]
+    for row in range(2, 5):
+        assert_is_top_p(logits[row], lowest[row], float(top_ps[row]), 0.8)
+    alone, _ = triton_thresholds.find_thresholds(logits[3:4], slots[3:4], temperatures, limits)
+    assert alone[0] == lowest[3]
 
 
 def test_what_is_below_the_threshold_is_never_chosen(device, dtype):
     from hornbeam.ops.sample.triton import BACKEND
 
-    inputs = draw(device, 8, 5000, dtype)
-    thresholds = inputs[0].float().amax(1) - 3
-    ids = BACKEND.sample(*inputs, thresholds)
-    assert ids.tolist() == ReferenceSample().sample(*inputs, thresholds).tolist()
-    assert (inputs[0].float().gather(1, ids.unsqueeze(1)).squeeze(1) >= thresholds).all()
+    inputs, limits = draw(device, 8, 5000, dtype), draw_limits(device, 11)
+    ids = BACKEND.sample(*inputs, limits)
+    assert ids.tolist() == ReferenceSample().sample(*inputs, limits).tolist()
+    logits, slots, _, temperatures, *_ = inputs
+    thresholds = ReferenceSample().thresholds(logits, slots, temperatures, limits)
+    assert (logits.float().gather(1, ids.unsqueeze(1)).squeeze(1) >= thresholds - 1e-5).all()
 
 
 def test_penalties_equal_the_references(device, dtype):
@@ -124,3 +156,18 @@ def test_penalties_equal_the_references(device, dtype):
     penalties = [torch.rand(4, device=device) + 0.5 for _ in range(3)]
     expected = ReferenceSample().penalize(logits, slots, counts, *penalties)
     torch.testing.assert_close(BACKEND.penalize(logits, slots, counts, *penalties), expected)
+
+
+@pytest.mark.parametrize(("vocab_size", "num_top"), [(7, 7), (5000, 0), (5000, 20)])
+def test_logprobs_equal_the_references(device, dtype, vocab_size, num_top):
+    """Of tokens whose logits are equal, those with the lowest ids come first."""
+    from hornbeam.ops.sample.triton import BACKEND
+
+    logits, *_ = draw(device, 3, vocab_size, dtype)
+    logits[1] = 1.5
+    ids = torch.randint(0, vocab_size, (3, 40), device=device)
+    of_ids, top_ids, top = BACKEND.logprobs(logits, ids, num_top)
+    expected, _, expected_top = ReferenceSample().logprobs(logits, ids, num_top)
+    torch.testing.assert_close((of_ids, top), (expected, expected_top), atol=1e-5, rtol=1e-5)
+    in_order = logits.float().sort(dim=1, descending=True, stable=True).indices[:, :num_top]
+    assert top_ids.tolist() == in_order.tolist()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hornbeam.core.plan import SlotStart
 from hornbeam.core.request import LogprobOptions, SamplingParams
+from hornbeam.ops.sample.contract import Limits
 from hornbeam.ops.sample.reference import ReferenceSample, gumbel_noise
 from hornbeam.sampling.sampler import Sampled, Sampler
 
@@ -95,9 +96,17 @@ def test_noise_differs_for_every_bit_of_the_seed() -> None:
     assert len({tuple(row) for row in noise.tolist()}) == len(seeds)
 
 
+def thresholds(
+    logits: torch.Tensor, temperatures: torch.Tensor, *limits: torch.Tensor, **by_name: torch.Tensor
+) -> torch.Tensor:
+    """By row."""
+    limits = Limits(**dict(zip(("top_ks", "top_ps", "min_ps"), limits, strict=False)), **by_name)
+    return ReferenceSample().thresholds(logits, torch.arange(len(logits)), temperatures, limits)
+
+
 def test_thresholds_leave_greedy_rows_alone_and_always_one_token() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]] * 5)
-    lowest = ReferenceSample().thresholds(
+    lowest = thresholds(
         logits,
         temperatures=torch.tensor([0.0, 1.0, 1.0, 0.5, 1.0]),
         top_ks=torch.tensor([1, 0, 2, 0, 9]),
@@ -110,7 +119,7 @@ def test_thresholds_leave_greedy_rows_alone_and_always_one_token() -> None:
 def test_tokens_with_equal_logits_stay_or_go_together() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0]] * 2)
     ones, zeros = torch.ones(2), torch.zeros(2)
-    lowest = ReferenceSample().thresholds(logits, ones, torch.tensor([2, 0]), torch.tensor([1.0, 0.6]), zeros)
+    lowest = thresholds(logits, ones, torch.tensor([2, 0]), torch.tensor([1.0, 0.6]), zeros)
     assert lowest.tolist() == [1.0, 1.0]
 
 
@@ -124,9 +133,9 @@ def test_thresholds_by_the_largest_logits_are_those_by_all(rounded: bool) -> Non
     top_ks = torch.tensor([0, 1, 40, 1023, 1024, 1500, 2999, 10**6]).repeat(3)
     top_ps = torch.tensor([1.0, 0.3, 0.95]).repeat_interleave(8)
     temperatures = torch.tensor([0.7, 1.0, 0.0]).repeat(8)
-    lowest = ReferenceSample().thresholds(logits, temperatures, top_ks, top_ps, torch.zeros(num_rows))
+    lowest = thresholds(logits, temperatures, top_ks, top_ps, torch.zeros(num_rows))
     alone = [
-        ReferenceSample().thresholds(
+        thresholds(
             logits[row : row + 1].expand(2, -1),
             temperatures[[row, row]],
             torch.stack((top_ks[row], torch.tensor(2999))),  # the second row needs all

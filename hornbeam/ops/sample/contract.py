@@ -13,6 +13,7 @@ What a row excludes is told by one number: tokens whose logit is below it. So to
 together, and nothing has to be sorted.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -21,6 +22,19 @@ from hornbeam.core.registry import Registry
 from hornbeam.ops.query import OpQuery
 
 GENERATED = 2  # what one generated token adds to its entry in `counts`; a token of the prompt has the lowest bit set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What unlikely tokens are excluded, for S slots: all below the lowest logit that each of these keeps.
+
+    Of the values that occur, the largest at or above which there are `top_k` tokens; of those left, the largest at or
+    above which `top_p` of their mass is (Holtzman et al., 2020); and the likeliest token's probability times `min_p`.
+    """
+
+    top_ks: Tensor  # [S] int64, 0 for all
+    top_ps: Tensor  # [S] float32, 1 for all
+    min_ps: Tensor  # [S] float32, 0 for all
 
 
 class Sample(Protocol):
@@ -37,7 +51,7 @@ class Sample(Protocol):
         temperatures: Tensor,
         seeds: Tensor,
         last_ids: Tensor,
-        thresholds: Tensor | None = None,
+        limits: Limits | None = None,
     ) -> Tensor:
         """[R] int64 ids from logits [R, V] (any float dtype; -inf excludes a token), written to `last_ids`, too.
 
@@ -47,18 +61,7 @@ class Sample(Protocol):
             temperatures: [S] float32, 0 for argmax without noise (the lowest id wins a tie).
             seeds: [S] int64.
             last_ids: [S] int64.
-            thresholds: [R] float32, logits below it are excluded.
-        """
-
-    def thresholds(
-        self, logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
-    ) -> Tensor:
-        """[R] float32: the lowest logits [R, V] that top-k, then top-p among the rest, and min-p keep.
-
-        Of the values that occur, the largest at or above which there are `top_k` tokens, or `top_p` of the mass
-        (Holtzman et al., 2020), or the lowest at or above the likeliest token's probability times `min_p`.
-        temperatures: [R] float32, 0 for greedy rows, which keep everything; top_ks: [R] int64, 0 for all; top_ps:
-        [R] float32, 1 for all; min_ps: [R] float32, 0 for all.
+            limits: of slots; greedy ones keep everything.
         """
 
     def penalize(
@@ -70,6 +73,13 @@ class Sample(Protocol):
         A token that was seen at all has its logit divided by `repetition` if that is positive, else multiplied by it
         (Keskar et al., 2019); then `frequency` is taken off for each time it was generated, and `presence` once.
         All three: [R] float32; 1, 0 and 0 change nothing.
+        """
+
+    def logprobs(self, logits: Tensor, ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of logits [R, V] without temperature.
+
+        Returns: [R, W] float32, of the tokens `ids` [R, W] int64; [R, num_top] int64, the likeliest tokens, from the
+            likeliest on, num_top <= V; [R, num_top] float32, theirs.
         """
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hornbeam.ops.query import OpQuery
-from hornbeam.ops.sample.contract import GENERATED
+from hornbeam.ops.sample.contract import GENERATED, Limits
 
 _NUM_CANDIDATES = 1024
 _WORD = 0xFFFFFFFF
@@ -43,17 +43,17 @@ class ReferenceSample:
         temperatures: Tensor,
         seeds: Tensor,
         last_ids: Tensor,
-        thresholds: Tensor | None = None,
+        limits: Limits | None = None,
     ) -> Tensor:
         """See `Sample`."""
-        ids = self.choose(logits, temperatures[slots], seeds[slots], positions.long(), thresholds)
-        last_ids[slots] = ids
+        thresholds = None if limits is None else self.thresholds(logits, slots, temperatures, limits)
+        last_ids[slots] = ids = self.choose(logits, temperatures[slots], seeds[slots], positions.long(), thresholds)
         return ids
 
     def choose(
         self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, thresholds: Tensor | None
     ) -> Tensor:
-        """[R] int64 ids as of `Sample.sample`, where all is given by row."""
+        """[R] int64 ids as of `Sample.sample`, where all is given by row; logits below thresholds [R] are excluded."""
         logits = logits.float()
         if thresholds is not None:
             logits = logits.masked_fill(logits < thresholds.unsqueeze(1), -torch.inf)
@@ -62,12 +62,10 @@ class ReferenceSample:
         noise = gumbel_noise(seeds, positions, logits.shape[1])
         return torch.where(random.unsqueeze(1), scaled + noise, logits).argmax(1)
 
-    def thresholds(
-        self, logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
-    ) -> Tensor:
-        """See `Sample`. Nearly always a row's answer is among its largest logits; else all are put in order."""
+    def thresholds(self, logits: Tensor, slots: Tensor, temperatures: Tensor, limits: Limits) -> Tensor:
+        """[R] float32, below which logits [R, V] are excluded; mostly among a row's largest, else all are ordered."""
         logits = logits.float()
-        filters = (temperatures, top_ks, top_ps, min_ps)
+        filters = (temperatures[slots], limits.top_ks[slots], limits.top_ps[slots], limits.min_ps[slots])
         for num in (_NUM_CANDIDATES, logits.shape[1]):
             lowest, settled = _lowest_kept(logits, min(num, logits.shape[1]), *filters)
             if settled:
@@ -83,6 +81,12 @@ class ReferenceSample:
         factor = repetition.unsqueeze(1)
         penalized = torch.where(seen > 0, torch.where(logits > 0, logits / factor, logits * factor), logits)
         return penalized - frequency.unsqueeze(1) * generated - presence.unsqueeze(1) * (generated > 0)
+
+    def logprobs(self, logits: Tensor, ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Sample`."""
+        logprobs = logits.float().log_softmax(-1)
+        top, top_ids = logprobs.topk(num_top, -1)
+        return logprobs.gather(1, ids), top_ids, top
 
 
 def _lowest_kept(
