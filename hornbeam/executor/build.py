@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 _HOST_SHARE = 0.9  # of a step's time: if launching takes less of it, the step waits for the device
 _MOST_SEARCHED = 512  # rows of steps with prompts: the library chooses well for more, but for those of whole chunks
 _REHEARSED = (1, 2, 16, 64)  # batch sizes that together launch all kernels of decode steps, with the largest one
+_REHEARSED_FP8 = (24, 32, 56, 112, 120)  # and these those of products whose weights are eight-bit floats
 _NO_MEMORY = "can't allocate memory"  # how torch says so for CPUs, where the type of the error does not tell
 
 
@@ -91,7 +92,7 @@ def build_executor(
         executor, runner, state = _make_executor(model, config, specs, kernels, options, platform)
         executor.use_pool(CachePool(specs, (1,) * len(specs), page_size, platform.device))
         if _records(kernels) and wanted.graph_batch_sizes and not wanted.compile_up_to:
-            _rehearse(runner, platform, state, wanted.graph_batch_sizes)
+            _rehearse(runner, platform, state, wanted.graph_batch_sizes, fp8=config.fp8 is not None)
         _warm_up(executor, num_slots, _largest_chunk(options) if platform.facts().graphs else 1)
     num_pages = _num_pages(specs, options, platform)
     flag = "--mem-fraction-static" if options.cache.max_total_tokens is None else "--max-total-tokens"
@@ -146,9 +147,10 @@ def _records(kernels: Kernels) -> bool:
     return attends and (kernels.experts is None or kernels.experts.captures)
 
 
-def _rehearse(runner: Runner, platform: Platform, state: SlotState, batch_sizes: tuple[int, ...]) -> None:
+def _rehearse(runner: Runner, platform: Platform, state: SlotState, batch_sizes: tuple[int, ...], *, fp8: bool) -> None:
     """Compile what decode steps launch, side by side: recorded for some sizes, but without these launches."""
-    sizes = tuple(size for size in batch_sizes if size in _REHEARSED or size == batch_sizes[-1])
+    wanted = (*_REHEARSED, *(_REHEARSED_FP8 if fp8 else ()), batch_sizes[-1])
+    sizes = tuple(size for size in batch_sizes if size in wanted)
     launches = WithheldLaunches(platform.device)
 
     def capture(run: Callable[[], Tensor], *, known: bool = False) -> Callable[[], Tensor]:

@@ -216,16 +216,17 @@ class Probes:
         size, ones, zeros = self._query.vocab_size, torch.ones(1, device=self._device), self._integers(1)
         logits, counts = self._zeros(1, size), self._integers(1, size, dtype=torch.int32)
 
-        def draw(limits: Limits | None) -> None:
+        def draw(logits: Tensor, limits: Limits | None) -> None:
             backend.sample(logits, zeros, zeros.int(), ones, zeros, self._integers(1), limits)
             self._wait()
 
+        limits = Limits(top_ks=zeros + 1, top_ps=ones / 2, min_ps=ones / 2)
         uses: list[Callable[[], object]] = [
             lambda: backend.penalize(logits, zeros, counts, ones, ones, ones),
             lambda: backend.logprobs(logits, self._integers(1, 1), 1),
-            lambda: draw(None),
-            lambda: draw(Limits(top_ks=zeros + 1, top_ps=ones / 2, min_ps=ones / 2)),
         ]
+        for scores in (logits, logits.float()):  # penalties and biases make them float32
+            uses += [partial(draw, scores, None), partial(draw, scores, limits)]
         side_by_side(uses, self._device)
         self._wait()
 

@@ -236,6 +236,14 @@ def test_a_rehearsal_that_fails_is_told_and_costs_nothing_but_time(tiny_checkpoi
     assert "cannot be rehearsed (operation not permitted" in caplog.text
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_sizes_that_are_rehearsed(fp8, monkeypatch):
+    made = []
+    monkeypatch.setattr(build, "DecodeGraphs", lambda runner, capture, state, sizes, **options: made.append(sizes))
+    build._rehearse(None, CpuPlatform(), None, (1, 2, 4, 16, 24, 56, 64, 96, 112, 128), fp8=fp8)
+    assert made == [(1, 2, 16, 24, 56, 64, 112, 128) if fp8 else (1, 2, 16, 64, 128)]
+
+
 def test_sizes():
     assert fit_size((1, 2, 8), 3, pads=True) == 8
     assert fit_size((1, 2, 8), 8, pads=False) == 8

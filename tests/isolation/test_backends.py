@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from harness import Sequence, as_tensor, make_engine
 
 from hornbeam.core.errors import ConfigError
@@ -21,6 +22,7 @@ from hornbeam.ops.probes import Probes
 from hornbeam.ops.qkv.contract import QKV
 from hornbeam.ops.query import OpQuery
 from hornbeam.ops.sample.contract import SAMPLE
+from hornbeam.ops.sample.reference import ReferenceSample
 
 pytestmark = pytest.mark.cpu
 
@@ -120,3 +122,16 @@ def test_every_backend_for_a_cpu_keeps_its_word(registry: Registry) -> None:
             probe(backend)
             kept.append(name)
     assert "reference" in kept
+
+
+def test_ids_are_chosen_from_plain_logits_and_from_penalised_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else kernels for the latter would be compiled in service."""
+    real, uses = ReferenceSample.sample, set()
+
+    def sample(self, logits, *rest):
+        uses.add((logits.dtype, rest[-1] is not None))
+        return real(self, logits, *rest)
+
+    monkeypatch.setattr(ReferenceSample, "sample", sample)
+    Probes(dataclasses.replace(QUERY, dtype="bfloat16")).sample(ReferenceSample())
+    assert uses == {(dtype, filtered) for dtype in (torch.bfloat16, torch.float32) for filtered in (False, True)}
