@@ -65,7 +65,8 @@ class DecodeGraphs:
             for lane in range(NUM_LANES):
                 for shares in (False, True) if size in self._shared_sizes else (False,):
                     run = self._recordable(lane, size, shares)
-                    self._replays[lane, size, shares] = capture(run, known=lane > 0)
+                    known = lane > 0 and size > compile_up_to  # torch's compiler may look at what a lane has of its own
+                    self._replays[lane, size, shares] = capture(run, known=known)
 
     def fit(self, plan: StepPlan) -> Fit | None:
         """The graph for a step of decode rows alone; None for other steps, and for larger ones than recorded."""

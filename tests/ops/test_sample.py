@@ -113,6 +113,24 @@ def assert_is_top_p(logits, threshold, top_p, temperature):
     assert (logits == threshold).any()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("broken", "num_broken"), [(torch.nan, 1), (torch.nan, 300), (torch.inf, 2), (-torch.inf, 300)]
+)
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (5, 0.9)])
+def test_rows_without_a_mass_come_to_an_end(device, broken, num_broken, top_k, top_p):
+    from hornbeam.ops.sample.triton import BACKEND
+
+    logits, *inputs = draw(device, 2, 300)
+    inputs[2] = ones = torch.ones_like(inputs[2])  # temperatures
+    limits = Limits(top_ks=torch.full_like(inputs[3], top_k), top_ps=ones * top_p, min_ps=ones * 0)
+    expected = BACKEND.sample(logits, *inputs, limits).tolist()
+    logits[0, :num_broken] = broken
+    ids = BACKEND.sample(logits, *inputs, limits).tolist()
+    assert 0 <= ids[0] < 300
+    assert ids[1] == expected[1]
+
+
 @pytest.mark.parametrize("room", [16, 1024])
 def test_thresholds_of_long_rows(device, room, monkeypatch):
     """Of a few tokens, and of most, for which the interval is estimated; it may hold more than there is room for."""

@@ -347,7 +347,7 @@ def _settle_kernel(
                     mass = tl.where(by_mass & (top_k > 0), above + kept, mass)
                     target = tl.where(by_mass, top_p * mass, top_k) - above
                     settled = missed | ((target > 0) & (target <= kept))
-                    missed = missed | (target <= 0) | (target > kept)
+                    missed = missed | (not settled)  # for good: what is not a number is never settled
                 threshold, high, end, num_passes = lowest, float("inf"), highest, 0
                 while (lowest < highest) & (num_passes < MAX_PASSES):
                     low, step = threshold, (end - threshold) * 0.2
