@@ -113,7 +113,7 @@ def test_compiling_needs_graphs() -> None:
 
 
 def test_which_steps_have_graphs() -> None:
-    assert resolve(GPU).executor.graph_token_counts[-1] == 512
+    assert resolve(GPU).executor.graph_token_counts[-1] == 3072
     assert resolve(CPU).executor.graph_token_counts == ()
     assert resolve(GPU, disable_cuda_graph=True).executor.graph_token_counts == ()
     without_decode = resolve(GPU, disable_decode_cuda_graph=True).executor
