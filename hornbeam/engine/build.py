@@ -1,6 +1,5 @@
 """Makes a real engine of a user's options. Alone in `engine` and `serve` it touches torch, when it is called."""
 
-import gc
 import json
 import logging
 from collections.abc import Mapping
@@ -68,7 +67,6 @@ def build_engine(user: Mapping[str, Any]) -> Built:
         facts=_facts(options, config, facts.device)
         | {"model_type": checkpoint.hf_config.get("model_type"), "quantization": built.quantization},
     )
-    gc.collect()  # what is left will not be looked at again, see `run_engine`
     return Built(
         scheduler=scheduler,
         executor=built.executor,

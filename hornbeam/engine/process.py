@@ -1,6 +1,5 @@
 """The engine process: `python -m hornbeam.engine.process`, started by `ProcessEngine` with its options on stdin."""
 
-import gc
 import importlib
 import json
 import os
@@ -25,7 +24,7 @@ def main() -> None:
     gone = threading.Event()
     threading.Thread(target=_watch_server, args=(gone,), name="hornbeam-watch", daemon=True).start()
     link = SocketLink(options["folder"], options["user"].get("watchdog_timeout", WATCHDOG_SECONDS))
-    succeeded = run_engine(lambda: _build(options["build"], options["user"]), link)
+    succeeded = run_engine(lambda: _load(options["build"])(options["user"]), link)
     if not succeeded:
         gone.wait(FAREWELL_SECONDS)
     link.close(timeout=1.0)
@@ -42,13 +41,10 @@ def _watch_server(gone: threading.Event) -> None:
     os._exit(1)
 
 
-def _build(path: str, user: Mapping[str, Any]) -> Built:
+def _load(path: str) -> Callable[[Mapping[str, Any]], Built]:
     module, _, attribute = path.partition(":")
-    gc.disable()  # most of what is made now stays
     function: Callable[[Mapping[str, Any]], Built] = getattr(importlib.import_module(module), attribute)
-    built = function(user)
-    gc.enable()
-    return built
+    return function
 
 
 if __name__ == "__main__":
