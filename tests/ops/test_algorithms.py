@@ -186,8 +186,9 @@ def test_all_algorithms_agree(tmp_path, monkeypatch, dtype, num_rows):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("num_rows", [24, 192, 4096])
 def test_what_is_chosen_computes_the_same(tmp_path, monkeypatch, num_rows):
-    """Beside a weight of another shape, from which the size of hidden rows can be told."""
+    """Beside a weight of another shape, from which the size of hidden rows can be told. Nothing of it is shipped."""
     monkeypatch.setenv("HORNBEAM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(algorithms, "SHIPPED", tmp_path / "shipped")
     products = algorithms.LibraryProducts(torch.device("cuda"))
     down, up = (torch.randn(*size, device="cuda", dtype=torch.bfloat16) / 32 for size in ((512, 3072), (2048, 512)))
     x, residual = (torch.randn(num_rows, n, device="cuda", dtype=torch.bfloat16) for n in (3072, 512))

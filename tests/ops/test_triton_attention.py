@@ -64,14 +64,21 @@ def test_decode_over_pages_of_any_size(device, page_size, window):
     check(case, create(case.shape, 8).plan_decode(case.rows))
 
 
-def test_a_captured_plan_follows_the_tensors(device):
-    case = make_case(make_shape(device, torch.float32, 4, 2, 64), [40, 90], [1, 1], captured=True)
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_captured_plan_follows_the_tensors(device, num_rows):
+    """And no others: those of a rehearsal come first."""
+    lens, query_lens = [40, 90][:num_rows], [1] * num_rows
+    case = make_case(make_shape(device, torch.float32, 4, 2, 64), lens, query_lens, captured=True)
     attention = create(case.shape, 8)
-    attend = attention.plan_decode(case.rows)
-    check(case, attend)
-    case.rows.lens.copy_(torch.tensor([39, 3]))
-    assert attention.plan_decode(case.rows) is attend
-    check(case, attend)
+    others = {"slots": torch.zeros_like(case.rows.slots), "lens": torch.ones_like(case.rows.lens)}
+    others = dataclasses.replace(case.rows, **others)
+    for plan in (attention.plan_decode, attention.plan_prefill):
+        plan(others)
+        attend = plan(case.rows)
+        check(case, attend)
+        case.rows.lens.copy_(torch.tensor([39, 3][:num_rows]))
+        assert plan(case.rows) is attend
+        check(case, attend)
 
 
 @pytest.mark.parametrize("lens", [[40, 90, 130], [33]])

@@ -152,7 +152,8 @@ class TritonAttention:
         self._decode = BalancedDecode(shape, max_rows, num_multiprocessors(shape.device))
         self._row_tile = self._upload(tiles((1,), 1))
         self._captured_rows: dict[int, Attend] = {}  # single rows, by the address of their slots
-        self._captured_prefills: dict[int, tuple[Tensor, Attend]] = {}  # by queries: the tiles' buffer, and its reader
+        # By queries and the address of their rows' slots: the tiles' buffer, and its reader.
+        self._captured_prefills: dict[tuple[int, int], tuple[Tensor, Attend]] = {}
 
     def plan_decode(self, rows: Rows) -> Attend:
         """See `Attention`."""
@@ -188,12 +189,13 @@ class TritonAttention:
         if not rows.captured:
             return self._attend(rows, self._upload(listed), tile_len, num_splits=1)
         num_queries = sum(rows.query_lens)
-        if num_queries not in self._captured_prefills:
+        key = num_queries, rows.slots.data_ptr()
+        if key not in self._captured_prefills:
             most_tiles = cdiv(num_queries, tile_len) + len(rows.query_lens) - 1
             buffer = torch.zeros((most_tiles, 3), dtype=torch.int32, device=self._shape.device)
             attend = self._attend(rows, buffer, tile_len, _PREFILL_SPLITS)
-            self._captured_prefills[num_queries] = buffer, attend
-        buffer, attend = self._captured_prefills[num_queries]
+            self._captured_prefills[key] = buffer, attend
+        buffer, attend = self._captured_prefills[key]
         empty = [(0, 0, 0)] * (len(buffer) - len(listed))
         buffer.copy_(torch.tensor(listed + empty, dtype=torch.int32), non_blocking=True)
         return attend

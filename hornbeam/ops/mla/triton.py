@@ -191,15 +191,16 @@ class TritonLatentAttention:
         self._sizes = shape.latent
         self._max_rows = max_rows
         self._decode_tiles: dict[int, Tensor] = {}  # by queries per row, for max_rows rows
-        self._captured: dict[tuple[int, int], LatentAttend] = {}
+        self._captured: dict[tuple[int, ...], LatentAttend] = {}  # by rows, their queries, the address of slots
         self._prefill = LatentPrefill(shape, TritonRagged(shape), self.plan_absorbed)
 
     def plan_decode(self, rows: Rows) -> LatentAttend:
         """See `Attention`."""
         num_rows, num_queries = len(rows.query_lens), rows.query_lens[0]
         assert all(length == num_queries for length in rows.query_lens)
-        if rows.captured and (num_rows, num_queries) in self._captured:
-            return self._captured[num_rows, num_queries]
+        key = num_rows, num_queries, rows.slots.data_ptr()
+        if rows.captured and key in self._captured:
+            return self._captured[key]
         if num_queries not in self._decode_tiles:
             self._decode_tiles[num_queries] = self._upload(tiles((num_queries,) * self._max_rows, num_queries))
         tiling = _Tiling.of(self._shape.num_heads, num_queries, self._shape.dtype)
@@ -207,7 +208,7 @@ class TritonLatentAttention:
         num_splits = min(_MAX_SPLITS, next_power_of_2(cdiv(_PROGRAMS, programs)))
         attend = self._attend(rows, self._decode_tiles[num_queries][:num_rows], tiling, num_splits)
         if rows.captured:
-            self._captured[num_rows, num_queries] = attend
+            self._captured[key] = attend
         return attend
 
     def plan_prefill(self, rows: Rows) -> LatentAttend:
