@@ -90,10 +90,17 @@ class CudaPlatform:
     @contextmanager
     def tagged(self, tag: MemoryTag) -> Iterator[None]:
         """See `Platform`."""
-        before, _ = self.free_memory()
+        before = self._settled_memory(tag)
         yield
-        after, _ = self.free_memory()
+        after = self._settled_memory(tag)
         logger.info("memory for %s = %.2f GiB (%.2f GiB are left)", tag, (before - after) / 2**30, after / 2**30)
+
+    def _settled_memory(self, tag: MemoryTag) -> int:
+        """Bytes free. What probes leave to torch's allocator, and loading and searching, is no weight: it goes back."""
+        if tag == "weights":
+            torch.cuda.empty_cache()
+        free, _ = self.free_memory()
+        return free
 
     def submit(self, work: Callable[[], Callable[[], T]]) -> EventPending[T]:
         """See `Platform`. What the calling thread has enqueued on another stream so far comes first."""

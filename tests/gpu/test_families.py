@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -85,34 +86,39 @@ def without(
     return found
 
 
-def chosen(lines: list[str], op: str) -> str:
-    """The one line that says who does `op`."""
-    (line,) = [line for line in lines if line.startswith(f"{op} = ")]
-    return line
+def chosen(lines: list[str]) -> dict[str, tuple[str, str]]:
+    """Who does each op, and why: of each op one line says it."""
+    found = dict(re.fullmatch(r"(\w+) = (.+)", line, re.DOTALL).groups() for line in lines)
+    assert len(found) == len(lines), lines
+    return {op: tuple(who.split(" ", 1)) for op, who in found.items()}
+
+
+_OPS = {"activation", "layout", "linear", "norm", "qkv", "sample"}
+_MIXTURE_OPS = {"experts", "routing"}
+OPS = {
+    "dense": _OPS | {"decode_attention", "prefill_attention"},
+    "mixture": _OPS | _MIXTURE_OPS | {"decode_attention", "prefill_attention"},
+    "latent": _OPS | _MIXTURE_OPS | {"latent_attention", "single_latent_attention", "latent_rows"},
+}
 
 
 def test_without_flashinfer_triton_serves(checkpoints: dict[str, Path]) -> None:
-    ops_of = {
-        "dense": ("decode_attention", "prefill_attention", "single_attention"),
-        "latent": ("latent_attention", "single_latent_attention", "experts"),
-    }
-    found = without(["flashinfer"], {kind: checkpoints[kind] for kind in ops_of}, "bfloat16")
-    for kind, ops in ops_of.items():
-        lines = found[kind][1]
-        assert all(chosen(lines, op).startswith(f"{op} = triton (") for op in ops), lines
-        assert any("flashinfer skipped: ModuleNotFoundError" in line for line in lines), lines
+    found = without(["flashinfer"], checkpoints, "bfloat16")
+    for kind, ops in OPS.items():
+        backends = chosen(found[kind][1])
+        assert {op: backend for op, (backend, _) in backends.items()} == dict.fromkeys(ops, "triton")
+        _, why = backends["latent_attention" if kind == "latent" else "prefill_attention"]
+        assert "flashinfer skipped: ModuleNotFoundError" in why
 
 
 def test_without_triton_torch_serves(checkpoints: dict[str, Path], expected: dict[str, list[list[int]]]) -> None:
     found = without(["flashinfer", "triton"], checkpoints, "float32")
-    ops = {"dense": ("decode_attention", "norm", "linear", "sample"), "mixture": ("experts", "routing")}
-    for kind, names in {**ops, "latent": ("latent_attention", "latent_rows", "experts")}.items():
+    for kind, ops in OPS.items():
         tokens, lines = found[kind]
         assert tokens == expected[kind], kind
-        for op in names:
-            line = chosen(lines, op)
-            assert line.startswith(f"{op} = reference (")
-            assert "triton skipped: ModuleNotFoundError" in line
+        backends = chosen(lines)
+        assert {op: backend for op, (backend, _) in backends.items()} == dict.fromkeys(ops, "reference")
+        assert all("triton skipped: ModuleNotFoundError" in why for _, why in backends.values())
 
 
 # Nats, between the distributions after each token of a text: after the median one, and what nine in ten stay below.
@@ -150,12 +156,13 @@ def logprobs_of_text(engine: BuiltEngine, num_rows: int) -> Tensor:
     steps of several rows alike are made to choose the text."""
     ids, slots = list(TEXT.encode()), range(num_rows)
     half = len(ids) // 2
+    each = (engine.num_pages[0] - 1) // 8  # pages: those of 512 tokens
     found: list[list[Tensor]] = [[] for _ in slots]
     for step, end in enumerate((half - 5, half, *range(half + 1, len(ids)))):
         forced = SamplingParams(temperature=0, logit_bias=((ids[end], 1000.0),))
         begin = (0, half - 5)[step] if step < 2 else end - 1
         start = partial(SlotStart, num_cached=begin, sampling=forced, seed=0, logprobs=EVERYTHING)
-        pages = [tuple(range(1 + 16 * slot, 17 + 16 * slot)) for slot in slots] if step == 0 else []
+        pages = [tuple(range(1 + each * slot, 1 + each * (slot + 1))) for slot in slots] if step == 0 else []
         chunk = tuple(ids[begin:end]) if step < 2 else ()
         plan = StepPlan(
             step_id=step,

@@ -27,6 +27,19 @@ def test_facts(platform):
     assert 0 < free <= total
 
 
+def test_what_is_needed_meanwhile_is_no_weight(platform, caplog):
+    caplog.set_level("INFO", "hornbeam.platforms.cuda")
+    probed = torch.empty(1 << 30, dtype=torch.uint8, device=platform.device)
+    del probed
+    with platform.tagged("weights"):
+        weight, scratch = (torch.empty(n << 28, dtype=torch.uint8, device=platform.device) for n in (2, 4))
+        del scratch
+    assert "memory for weights = 0.50 GiB" in caplog.text
+    with platform.tagged("steps"):  # of which what they need stays in the allocator
+        del weight
+    assert "memory for steps = 0.00 GiB" in caplog.text
+
+
 def test_submitted_work_runs_in_order_and_gives_its_result(platform):
     x = torch.zeros(1 << 20, device=platform.device)
 
