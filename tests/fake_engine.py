@@ -136,7 +136,6 @@ def build(user: Mapping[str, Any]) -> Built:
         num_pages=(501,),
         context_len=CONTEXT_LEN,
         eos_ids=frozenset({EOS}),
-        vocab_size=VOCAB,
     )
     ready = Ready(
         context_len=CONTEXT_LEN,

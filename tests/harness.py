@@ -52,7 +52,6 @@ def make_engine(path: Path, device: str = "cpu", **flags: Any) -> BuiltEngine:
         num_pages=built.num_pages,
         context_len=options.model.context_len,
         eos_ids=frozenset(),
-        vocab_size=config.vocab_size,
     )
     return BuiltEngine(scheduler=scheduler, executor=built.executor, num_pages=built.num_pages)
 

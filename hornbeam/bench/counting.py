@@ -65,7 +65,6 @@ def build_engine(user: Mapping[str, Any]) -> Built:
         num_pages=(NUM_PAGES,),
         context_len=CONTEXT_LEN,
         eos_ids=frozenset(),
-        vocab_size=1_000_000,
     )
     ready = Ready(
         context_len=CONTEXT_LEN,

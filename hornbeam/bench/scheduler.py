@@ -44,7 +44,6 @@ def _decode_step_ms(num_requests: int) -> float:
         num_pages=(num_requests * 40,),
         context_len=1024,
         eos_ids=frozenset(),
-        vocab_size=2**20,
     )
     sampling = SamplingParams(max_new_tokens=REPEATS + 10)
     for index in range(num_requests):

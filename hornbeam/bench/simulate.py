@@ -190,7 +190,6 @@ class Simulation:
             num_pages=(num_tokens // PAGE_SIZE + 1,),
             context_len=2**20,
             eos_ids=frozenset(),
-            vocab_size=VOCAB_SIZE,
         )
         self._now = 0.0
         self._due = [(turns[0].delay, number) for number, turns in enumerate(load)]  # (when, conversation)

@@ -111,21 +111,6 @@ class Request:
     streamed: bool = False  # somebody reads token by token
     told_each_step: bool = True  # its news are wanted after each step; else with its first token and at its end
 
-    def check_ids(self, vocab_size: int) -> None:
-        """Raises BadRequest for a token id, or a position, that does not exist; the error names the field."""
-        options = self.logprobs or LogprobOptions()
-        named = {
-            "input_ids": self.prompt_ids,
-            "logit_bias": tuple(token_id for token_id, _ in self.sampling.logit_bias),
-            "token_ids_logprob": options.token_ids,
-        }
-        for field, ids in named.items():
-            valid = not ids or (min(ids) >= 0 and max(ids) < vocab_size)
-            _require(valid, field, f"must hold token ids of at least 0 and below {vocab_size}")
-        num_prompt = len(self.prompt_ids)
-        too_far = f"must be at most the prompt's length, {num_prompt} tokens"
-        _require(options.start is None or options.start <= num_prompt, "logprob_start_len", too_far)
-
 
 class Status(Enum):
     """Where a request stands. The two remote states are entered by grammars and by disaggregation."""

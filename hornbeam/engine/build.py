@@ -55,7 +55,6 @@ def build_engine(user: Mapping[str, Any]) -> Built:
         "num_pages": built.num_pages,
         "context_len": options.model.context_len,
         "eos_ids": _eos_ids(checkpoint),
-        "vocab_size": config.vocab_size,
     }
     record = None if options.loop.record is None else _open_record(options.loop.record)
     scheduler = Scheduler(**arguments) if record is None else RecordingScheduler(record, **arguments)

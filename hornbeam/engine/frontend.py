@@ -12,10 +12,12 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Annotated, Protocol
+
+import msgspec
 
 from hornbeam.core.errors import BadRequest, ConfigError, EngineDead, HornbeamError, Overloaded
-from hornbeam.core.request import Request, RequestOutput
+from hornbeam.core.request import LogprobOptions, Request, RequestOutput
 from hornbeam.engine.commands import Commands
 from hornbeam.engine.envelope import Abort, AbortAll, Event, Failed, Ready, Reply, Shutdown, StepOutputs, Submit
 from hornbeam.engine.stream import GenerationRequest, InFlight, Stream
@@ -134,7 +136,6 @@ class Frontend:
             session = TextSession(self.tokenizer, request.text_options) if self.tokenizer else None
             key = f"{rid}#{next(self._numbers)}"
             submitted.append(self._engine_request(key, prompt_ids, request))
-            submitted[-1].check_ids(facts.vocab_size)
             entry = InFlight(
                 key=key, rid=rid, index=index, prompt_ids=prompt_ids, request=request, session=session, stream=stream
             )
@@ -188,7 +189,12 @@ class Frontend:
             _log_priority_ignored()
         if request.text_options.stops and self.tokenizer is None:
             raise BadRequest("stop strings need a tokenizer, and this server has none; use stop_token_ids", "stop")
-        return ids
+        options = request.logprobs or LogprobOptions()
+        _known_ids([token_id for token_id, _ in request.sampling.logit_bias], "logit_bias", facts.vocab_size)
+        _known_ids(options.token_ids, "token_ids_logprob", facts.vocab_size)
+        if options.start is not None and options.start > len(ids):
+            raise BadRequest(f"logprob_start_len must be at most the prompt's {len(ids)} tokens", "logprob_start_len")
+        return _known_ids(ids, field, facts.vocab_size)
 
     def _refuse_duplicates(self, rids: Sequence[str]) -> None:
         seen = set(self._rids)
@@ -281,6 +287,15 @@ class Frontend:
             entry.fail(lost)
             self._forget(entry)
         self.commands.fail()
+
+
+def _known_ids(ids: Sequence[int], field: str, vocab_size: int) -> tuple[int, ...]:
+    """The same ids; raises BadRequest if one does not exist. In one pass without a call for each: prompts are long."""
+    known = Annotated[int, msgspec.Meta(ge=0, lt=vocab_size)]
+    try:
+        return msgspec.convert(ids, tuple[known, ...])
+    except msgspec.ValidationError:
+        raise BadRequest(f"{field} must hold token ids of at least 0 and below {vocab_size}", field) from None
 
 
 @functools.cache

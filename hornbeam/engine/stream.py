@@ -23,7 +23,7 @@ class GenerationRequest:
     """One generation as a client asks for it. Either `text` or `token_ids` is the prompt."""
 
     text: str | None = None
-    token_ids: tuple[int, ...] | None = None
+    token_ids: Sequence[int] | None = None
     add_special_tokens: bool = True  # frame `text` as a bare prompt; a rendered chat is framed already
     sampling: SamplingParams = field(default_factory=SamplingParams)
     text_options: TextOptions = field(default_factory=TextOptions)

@@ -28,7 +28,6 @@ class Made(msgspec.Struct, frozen=True, tag=True):
     num_pages: tuple[int, ...]
     context_len: int
     eos_ids: frozenset[int]
-    vocab_size: int
 
 
 class Submitted(msgspec.Struct, frozen=True, tag=True):

@@ -39,7 +39,6 @@ class Scheduler:
         num_pages: per group, the padding page 0 included.
         context_len: prompt and generated tokens of one request, at most.
         eos_ids: ids that end a request unless it ignores them.
-        vocab_size: prompt ids are below it.
 
     Raises:
         ConfigError: a cache kind that is not implemented, or a pool without pages.
@@ -54,7 +53,6 @@ class Scheduler:
         num_pages: tuple[int, ...],
         context_len: int,
         eos_ids: frozenset[int],
-        vocab_size: int,
     ) -> None:
         self._options = options
         self._memory = Memory(
@@ -64,9 +62,7 @@ class Scheduler:
             num_slots=options.max_running_requests,
             chunk_size=options.chunked_prefill_size,
         )
-        self._limits = Limits(
-            context_len=context_len, vocab_size=vocab_size, max_total_tokens=self._memory.max_total_tokens
-        )
+        self._limits = Limits(context_len=context_len, max_total_tokens=self._memory.max_total_tokens)
         self._estimate = OutputEstimate(options.conservativeness)
         self._eos_ids = eos_ids
         self._random = random.Random(options.seed)

@@ -146,12 +146,10 @@ class Limits:
 
     Args:
         context_len: prompt and generated tokens, at most.
-        vocab_size: prompt ids are below it.
         max_total_tokens: what the cache can hold.
     """
 
     context_len: int
-    vocab_size: int
     max_total_tokens: int
 
     def check(self, request: Request) -> None:
@@ -161,7 +159,6 @@ class Limits:
             raise BadRequest("adapters are not supported yet", "lora_path")
         if not ids:
             raise BadRequest("the prompt is empty", "input_ids")
-        request.check_ids(self.vocab_size)
         room_needed = 0 if request.sampling.max_new_tokens == 0 else 1
         if num_prompt + room_needed > self.context_len:
             raise BadRequest(

@@ -10,7 +10,9 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from hornbeam.core.errors import BadRequest
 from hornbeam.core.request import SamplingParams
@@ -27,6 +29,9 @@ _PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _TEXT_OPTIONS = frozenset(field.name for field in dataclasses.fields(TextOptions))
 
 Schema = Mapping[str, Any]
+
+
+_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +66,11 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_ids(value: Any) -> bool:
-    """Without a call for each item: prompts are long."""
-    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
-        return False
-    return not value or (min(value) >= -(2**63) and max(value) < 2**63)
+    """In one pass without a call for each item: prompts are long."""
+    with contextlib.suppress(msgspec.ValidationError):
+        msgspec.convert(value, list[_Int64])
+        return isinstance(value, list)
+    return False
 
 
 def _is_prompt_ids(value: Any) -> bool:

@@ -50,7 +50,7 @@ def parse_generate(body: Any, default_interval: int) -> GenerateCall:
         prompts = [{"text": text} for text in (texts if batched else [texts])]
     else:
         batched = bool(ids) and isinstance(ids[0], list)
-        prompts = [{"token_ids": tuple(row)} for row in (ids if batched else [ids])]
+        prompts = [{"token_ids": row} for row in (ids if batched else [ids])]
     if not prompts:
         raise BadRequest("text must not be an empty list", "text")
     stream, count = fields.get("stream", False), len(prompts)
@@ -162,7 +162,9 @@ class Answers:
 
     async def whole(self) -> Any:
         """An object, for a batch a list of them in the prompts' order."""
-        results = [self._answers[delta.index].add(delta) for delta in await self._stream.last()]
+        results: list[Any] = [None] * len(self._answers)
+        async for delta in self._stream:  # each request has one, at its end
+            results[delta.index] = self._answers[delta.index].add(delta)
         return results if self._call.batched else results[0]
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:

@@ -146,8 +146,10 @@ def test_a_fault_in_one_requests_text_fails_it_alone(monkeypatch, caplog):
 
 def test_all_or_none_of_a_batch():
     async def test(engine, frontend):
-        with pytest.raises(BadRequest):
-            await frontend.submit([GenerationRequest(text="x"), GenerationRequest(token_ids=())])
+        for ids in ((), (-1,), (fake_engine.VOCAB,)):
+            with pytest.raises(BadRequest) as error:
+                await frontend.submit([GenerationRequest(text="x"), GenerationRequest(token_ids=ids)])
+            assert error.value.field == "input_ids"
         assert engine.commands == []
         assert frontend.num_in_flight == 0
 

@@ -173,7 +173,6 @@ class Simulation:
             num_pages=tuple((window_pages if size else 0) or num_pages + g for g, size in enumerate(windows)),
             context_len=context_len,
             eos_ids=frozenset({EOS}),
-            vocab_size=VOCAB,
         )
         self.device = FakeDevice(page_size=page_size, windows=windows)
         self.depth = depth

@@ -1,7 +1,7 @@
 """What the scheduler decides: order, sharing, limits, ends, failures; and that the tokens never depend on it."""
 
 import pytest
-from scheduler.simulation import SPEC, VOCAB, Simulation, check_outputs, make, reference, tokens_of
+from scheduler.simulation import SPEC, Simulation, check_outputs, make, reference, tokens_of
 
 from hornbeam.config.components import CacheOptions, SchedulerOptions
 from hornbeam.core.cache_spec import CacheSpec
@@ -166,8 +166,6 @@ def test_bad_requests_are_refused_with_reasons() -> None:
     submit = simulation.scheduler.submit
     for request, words in (
         (make("a", ()), "empty"),
-        (make("a", (VOCAB,)), "below 40"),
-        (make("a", (-1,)), "below 40"),
         (make("a", tokens_of(1, 100)), "at most 99"),
         (make("a", tokens_of(1, 41)), "max_total_tokens=40"),
         (make("a", (1,), adapter="x"), "adapters"),
@@ -189,9 +187,7 @@ def test_unknown_cache_kinds_and_empty_pools_are_config_errors() -> None:
     state = CacheSpec(kind="state", layers=(0,), row_shapes=((1, 4),), dtype="float32")
     for specs, num_pages in (((state,), (8,)), ((SPEC,), (1,))):
         with pytest.raises(ConfigError):
-            Scheduler(
-                options, cache, specs=specs, num_pages=num_pages, context_len=9, eos_ids=frozenset(), vocab_size=9
-            )
+            Scheduler(options, cache, specs=specs, num_pages=num_pages, context_len=9, eos_ids=frozenset())
 
 
 @pytest.mark.parametrize("after", range(8))
