@@ -111,6 +111,16 @@ def test_linear(device, num_rows, num_out, num_in, bias, power_of_two):
     close(out, expected)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("num_out", [128, 1024, 2176, 4096])
+def test_no_program_of_a_split_product_has_nothing_to_read(num_out):
+    from hornbeam.ops.linear.fp8_triton import choose_tile
+
+    for groups in range(1, 256):
+        splits = choose_tile(1, 128 * groups, num_out).splits
+        assert (splits - 1) * -(-groups // splits) < groups
+
+
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize(("num_out", "num_in", "bias"), [(256, 128, False), (256, 576, True)])

@@ -225,8 +225,9 @@ def choose_tile(num_rows: int, num_in: int, num_out: int) -> Fp8Tile:
     """Few rows: enough programs to read weights from all of memory at once. By searches on an H200."""
     rows = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
     num_tiles = cdiv(num_out, SCALE_BLOCK) * cdiv(num_rows, rows)
-    most = num_in // SCALE_BLOCK // _LEAST_GROUPS
-    return Fp8Tile(block_n=128, rows=rows, splits=max(1, min(most, _PROGRAMS // num_tiles)))
+    groups = cdiv(num_in, SCALE_BLOCK)
+    splits = max(1, min(groups // _LEAST_GROUPS, _PROGRAMS // num_tiles))
+    return Fp8Tile(block_n=128, rows=rows, splits=cdiv(groups, cdiv(groups, splits)))  # none of which has no groups
 
 
 BACKEND = TritonFp8()
