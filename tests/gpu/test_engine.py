@@ -133,18 +133,21 @@ def test_chunked_prefill_changes_no_token(wide_checkpoint, wide_reference):
 
 
 def test_bfloat16_with_flashinfer_with_and_without_graphs(wide_checkpoint):
-    """Prompts and products take other kernels in graphs, so that where two tokens are nearly as likely another one may
-    be chosen. But of the same texts both say the same, but for rounding: as prompts, and when they wrote them."""
+    """Recorded decode steps change no token. Recorded prompts take other kernels and other numbers of rows, so that
+    where two tokens are nearly as likely another one may be chosen. But of the same texts all say the same, but for
+    rounding: when they write them, and when they read them as prompts."""
     pytest.importorskip("flashinfer")
     from hornbeam import Engine
 
     flags = {"model_path": str(wide_checkpoint), "dtype": "bfloat16", "attention_backend": "flashinfer", **FLAGS}
     with Engine(disable_cuda_graph=True, **flags) as engine:
         texts, logprobs = written(engine)
+    with Engine(disable_prefill_cuda_graph=True, **flags) as engine:
+        assert written(engine)[0] == texts
     with Engine(**flags) as engine:
         for ids, expected in ((texts, logprobs), written(engine)):
             differences = (read(engine, ids) - expected).abs()
-            assert differences.median() < 0.02
+            assert differences.median() < 0.05
             assert differences.max() < 0.2
 
 
