@@ -190,11 +190,11 @@ class Frontend:
         if request.text_options.stops and self.tokenizer is None:
             raise BadRequest("stop strings need a tokenizer, and this server has none; use stop_token_ids", "stop")
         options = request.logprobs or LogprobOptions()
-        _known_ids([token_id for token_id, _ in request.sampling.logit_bias], "logit_bias", facts.vocab_size)
-        _known_ids(options.token_ids, "token_ids_logprob", facts.vocab_size)
+        known_ids([token_id for token_id, _ in request.sampling.logit_bias], "logit_bias", facts.vocab_size)
+        known_ids(options.token_ids, "token_ids_logprob", facts.vocab_size)
         if options.start is not None and options.start > len(ids):
             raise BadRequest(f"logprob_start_len must be at most the prompt's {len(ids)} tokens", "logprob_start_len")
-        return _known_ids(ids, field, facts.vocab_size)
+        return known_ids(ids, field, facts.vocab_size)
 
     def _refuse_duplicates(self, rids: Sequence[str]) -> None:
         seen = set(self._rids)
@@ -289,7 +289,7 @@ class Frontend:
         self.commands.fail()
 
 
-def _known_ids(ids: Sequence[int], field: str, vocab_size: int) -> tuple[int, ...]:
+def known_ids(ids: Sequence[int], field: str, vocab_size: int) -> tuple[int, ...]:
     """The same ids; raises BadRequest if one does not exist. In one pass without a call for each: prompts are long."""
     known = Annotated[int, msgspec.Meta(ge=0, lt=vocab_size)]
     try:

@@ -10,9 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
-
-import msgspec
+from typing import Any, Literal
 
 from hornbeam.core.errors import BadRequest
 from hornbeam.core.request import SamplingParams
@@ -29,9 +27,6 @@ _PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _TEXT_OPTIONS = frozenset(field.name for field in dataclasses.fields(TextOptions))
 
 Schema = Mapping[str, Any]
-
-
-_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +61,14 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_ids(value: Any) -> bool:
-    """In one pass without a call for each item: prompts are long."""
-    with contextlib.suppress(msgspec.ValidationError):
-        msgspec.convert(value, list[_Int64])
-        return isinstance(value, list)
-    return False
+    return isinstance(value, list) and all(map(_is_int, value))
 
 
 def _is_prompt_ids(value: Any) -> bool:
-    return _is_ids(value) or (isinstance(value, list) and all(map(_is_ids, value)))
+    """By their begin: prompts are long, and who uses the ids looks whether they exist (`known_ids`)."""
+    if not isinstance(value, list):
+        return False
+    return not value or isinstance(value[0], int) or all(isinstance(row, list) for row in value)
 
 
 def _is_strings(value: Any) -> bool:

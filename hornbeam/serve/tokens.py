@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hornbeam.core.errors import BadRequest
+from hornbeam.engine.frontend import known_ids
 from hornbeam.serve import schemas
 from hornbeam.serve.answers import json_response, read_json
 from hornbeam.serve.app import Route
@@ -71,7 +72,7 @@ class _Tokens:
         nested = bool(rows) and isinstance(rows[0], list)
         texts = []
         for ids in rows if nested else [rows]:
-            if ids and not (min(ids) >= 0 and max(ids) <= _MAX_ID):
-                raise BadRequest(f"tokens must be in 0..{_MAX_ID}", "tokens")
-            texts.append(tokenizer.decode(ids, fields.get("skip_special_tokens", True)))
+            texts.append(
+                tokenizer.decode(known_ids(ids, "tokens", _MAX_ID + 1), fields.get("skip_special_tokens", True))
+            )
         return json_response({"text": texts if nested else texts[0]})

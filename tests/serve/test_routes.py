@@ -34,6 +34,7 @@ def test_tokenize_and_detokenize(server, prefix):
         ("/detokenize", {"tokens": "a"}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": [2**40]}, "tokens"),
+        ("/detokenize", {"tokens": [1, "a"]}, "tokens"),
         ("/v1/loads?include=everything", None, "include"),
         ("/v1/loads?format=xml", None, "format"),
         ("/v1/loads?dp_rank=1", None, "dp_rank"),
