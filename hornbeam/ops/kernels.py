@@ -56,8 +56,8 @@ def choose_kernels(
 ) -> Kernels:
     """The first backend of each op that supports `query` and passes its probe; those of attention may be named.
 
-    fused: False for plain torch where backends differ in how much one kernel does. traced: there plain torch is what
-    torch's compiler sees, which fuses by itself.
+    fused: False for plain torch where backends differ in how much one kernel does. traced: plain torch is what torch's
+    compiler sees of norms and activations, which it fuses by itself.
 
     Raises:
         ConfigError: the named attention backend cannot serve; the message says why.
@@ -72,7 +72,7 @@ def choose_kernels(
         "fp8_linear": partial(_choose, FP8_LINEAR, query, probes.fp8_linear, plain) if query.fp8 else _nothing,
         "sample": partial(_choose, SAMPLE, query, probes.sample),
         "qkv": partial(_choose, QKV, query, probes.qkv, plain),
-        "linear": partial(chosen, LINEAR, query, probes.linear, plain),
+        "linear": partial(_choose, LINEAR, query, probes.linear, plain),
         "norm": partial(chosen, NORM, query, probes.norm, plain),
         "activation": partial(chosen, ACTIVATION, query, probes.activation, plain),
         "layout": partial(_choose, LAYOUT, query, probes.layout),
