@@ -327,7 +327,7 @@ FLAGS: tuple[Flag, ...] = (
         group="device",
         type=bool,
         default=False,
-        help="Have torch compile the decode steps that are captured. Makes the start longer.",
+        help="Have torch compile what is plain torch in captured decode steps. Makes the start longer.",
     ),
     Flag(
         name="torch_compile_max_bs",
