@@ -215,3 +215,28 @@ def test_the_order_has_every_pair_once_under_its_expert(device, num_tokens, num_
     assert sorted(pairs[real].tolist()) == (ids.flatten() >= 0).nonzero().flatten().tolist()
     assert (pairs[~real] == ids.numel()).all()
     assert (~real).sum() < 16 * num_experts
+    assert ((experts.long() * ids.numel() + pairs)[real].diff() > 0).all()  # each expert's in ascending order
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_tokens", "num_in", "num_out"), [(1, 64, 256), (700, 208, 272), (3000, 768, 2048)])
+def test_the_second_product_of_many_tokens_as_that_of_few(dtype, num_tokens, num_in, num_out):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for Hopper alone")
+    from hornbeam.ops.moe.gluon_down import multiply_down
+    from hornbeam.ops.moe.tiles import default_tiles
+    from hornbeam.ops.moe.triton import StackedWeights, multiply_pairs
+    from hornbeam.ops.moe.triton_order import order_by_expert
+
+    torch.manual_seed(0)
+    ids = torch.randint(-1, 7, (num_tokens, 3), device="cuda", dtype=torch.int32)
+    ids[ids == 2] = 1
+    order = order_by_expert(ids, 7, 128)
+    x = torch.randn(len(order.pairs), num_in, device="cuda").to(dtype)
+    weights = (torch.randn(7, num_out, num_in, device="cuda") * num_in**-0.5).to(dtype)
+    outs = [torch.full((num_tokens * 3, num_out), 9.0, dtype=dtype, device="cuda") for _ in range(2)]
+    multiply_down(x, weights, outs[0], order)
+    multiply_pairs(x, StackedWeights(weights), outs[1], order, default_tiles(1000).down)
+    torch.testing.assert_close(*outs, atol=1e-2, rtol=1e-2)  # untouched where there is no expert, too

@@ -5,9 +5,11 @@ tokens, so that the kernels can run inside a graph: the order has room for the w
 actual end return at once. Nothing depends on the order in which programs run.
 """
 
+import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import triton
@@ -27,7 +29,10 @@ from hornbeam.ops.moe.triton_rows import run_few_tokens
 from hornbeam.ops.moe.triton_unit import gated
 from hornbeam.ops.query import OpQuery
 
+logger = logging.getLogger(__name__)
+
 _FEW_TOKENS = 4  # so many are taken pair by pair
+_MANY_ROWS = 128  # blocks of so many have a kernel of their own
 _SUM_BLOCK = 1024
 
 
@@ -163,6 +168,7 @@ class TritonExperts:
 
     def __init__(self, shape: ExpertsShape) -> None:
         self._shape = shape
+        self._down_of_many = None if shape.fp8 else _down_of_many(shape.dtype, shape.device)
 
     @cached_property
     def _table(self) -> TileTable:
@@ -224,8 +230,11 @@ class TritonExperts:
         gate_up = StackedWeights(experts.gate_up, experts.gate_up_bias, experts.gate_up_scales, shape.fp8)
         multiply_pairs(x, gate_up, inner, order, tiles.gate_up, shape.unit)
         parts = x.new_empty((ids.numel(), shape.hidden_size))
-        down = StackedWeights(experts.down, experts.down_bias, experts.down_scales, shape.fp8)
-        multiply_pairs(inner, down, parts, order, tiles.down)
+        if order.block_m == _MANY_ROWS and self._down_of_many is not None and experts.down_bias is None:
+            self._down_of_many(inner, experts.down, parts, order)
+        else:
+            down = StackedWeights(experts.down, experts.down_bias, experts.down_scales, shape.fp8)
+            multiply_pairs(inner, down, parts, order, tiles.down)
         grid = (len(x), cdiv(shape.hidden_size, _SUM_BLOCK))
         _sum_kernel[grid](
             parts,
@@ -299,6 +308,34 @@ def multiply_pairs(
         num_stages=tile.num_stages,
         **early_launch(out.device),
     )
+
+
+@cache
+def _down_of_many(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Order], None] | None:
+    """`multiply_down` where it runs and is right, which a trial finds out: it depends on Triton's version."""
+    halves = (torch.float16, torch.bfloat16)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9 or dtype not in halves:
+        return None
+    block, size = _MANY_ROWS, 128
+    x, weights = torch.rand(2 * block, size, device=device), torch.rand(2, block, size, device=device)
+    x, weights = x.to(dtype), weights.to(dtype)
+    out = x.new_zeros(block + 1, block)
+    places = torch.arange(2 * block, dtype=torch.int32, device=device)
+    experts = places[:2].clone()
+    rows = places[-1:] + 1
+    order = Order(
+        pairs=places.clamp(max=block + 1), experts=experts, num_rows=rows, block_m=block, num_pairs=block + 1, top_k=1
+    )
+    try:
+        from hornbeam.ops.moe.gluon_down import multiply_down
+
+        multiply_down(x, weights, out, order)
+        expected = torch.cat((x[:block] @ weights[0].T, x[block : block + 1] @ weights[1].T))
+        torch.testing.assert_close(out, expected, atol=0.1, rtol=0.02)
+    except Exception as error:
+        logger.warning("experts of many tokens go without a kernel that this Triton does not run: %s", error)
+        return None
+    return multiply_down
 
 
 class TritonBackend:

@@ -1,4 +1,4 @@
-"""Norm, rotation and cache write as one kernel: a program takes some heads of one token."""
+"""Norm, rotation and cache write as one kernel: a program takes some heads of some tokens."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,8 @@ from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2
 from hornbeam.ops.qkv.contract import HeadNorms, Rotation
 from hornbeam.ops.query import OpQuery
 
-_MAX_HEADS = 8  # of one program
+_MAX_HEADS = 8  # of one token in one program
+_PAIRS = 16  # of a token and a head in one program
 
 
 @triton.jit
@@ -26,34 +27,32 @@ def _prepare_heads(
     weight_ptr,
     table_ptr,
     pages_ptr,
-    first_head,
-    num_heads,
+    heads,
+    inside,
     eps,
     HEAD_DIM: tl.constexpr,
     ROTATED: tl.constexpr,
     FIRST: tl.constexpr,
-    HEADS: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
     NORM: tl.constexpr,
     STORE: tl.constexpr,
     CACHE: tl.constexpr,
 ):
-    """HEADS heads of one token from `first_head` on: normalised, rotated, written back and to the cache.
+    """Some `heads` [N, 1] of tokens at `x_ptr`: normalised, rotated, written back and to the cache, where `inside`.
 
     The first FIRST features turn with the next FIRST ones (without a rotation they stay), the rest follow.
     """
-    heads = first_head + tl.arange(0, HEADS)[:, None]
     x_ptr += heads * head_stride
     pages_ptr += heads * HEAD_DIM
     half = tl.arange(0, HALF_BLOCK)[None, :]
     half_inside = half < FIRST
-    inside = (heads < num_heads) & half_inside
-    first = tl.load(x_ptr + half, mask=inside, other=0.0)
-    second = tl.load(x_ptr + FIRST + half, mask=inside, other=0.0)
     rest = tl.arange(0, REST_BLOCK)[None, :]
     rest_inside = rest < HEAD_DIM - 2 * FIRST
-    inside_rest = (heads < num_heads) & rest_inside
+    inside_rest = inside & rest_inside
+    inside = inside & half_inside
+    first = tl.load(x_ptr + half, mask=inside, other=0.0)
+    second = tl.load(x_ptr + FIRST + half, mask=inside, other=0.0)
     tail = tl.load(x_ptr + 2 * FIRST + rest, mask=inside_rest, other=0.0)
     if NORM:
         wide_first, wide_second, wide_tail = first.to(tl.float32), second.to(tl.float32), tail.to(tl.float32)
@@ -80,7 +79,7 @@ def _prepare_heads(
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _store_kernel(
     q_ptr,
     k_ptr,
@@ -99,47 +98,58 @@ def _store_kernel(
     v_stride,
     v_head_stride,
     eps,
+    num_tokens,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTATED: tl.constexpr,
     FIRST: tl.constexpr,
     HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
     NORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Programs of a token: first its query heads, then its keys, then its values, HEADS at a time."""
+    """Programs of TOKENS tokens: first their query heads, then their keys, then their values, HEADS at a time."""
     NUM_QUERY_PARTS: tl.constexpr = NUM_HEADS // HEADS + (NUM_HEADS % HEADS != 0)
     NUM_KV_PARTS: tl.constexpr = NUM_KV_HEADS // HEADS + (NUM_KV_HEADS % HEADS != 0)
     STAYS: tl.constexpr = not NORM and ROTATED == 0
-    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    part = tl.program_id(1)
+    pairs = tl.arange(0, TOKENS * HEADS)[:, None]
+    tokens = (tl.program_id(0) * TOKENS + pairs // HEADS).to(tl.int64)
+    heads = pairs % HEADS
+    valid = tokens < num_tokens
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.load(rows_ptr + token) * (NUM_KV_HEADS * HEAD_DIM)
     table = table_ptr
     if ROTATED:
-        table += tl.load(positions_ptr + token) * (2 * FIRST)
+        table += tl.load(positions_ptr + tokens, mask=valid, other=0) * (2 * FIRST)
     if part < NUM_QUERY_PARTS:
         if not STAYS:
+            heads += part * HEADS
             _prepare_heads(
-                q_ptr + token * q_stride, q_head_stride, q_weight_ptr, table, k_pages_ptr, part * HEADS, NUM_HEADS, eps,
-                HEAD_DIM, ROTATED, FIRST, HEADS, HALF_BLOCK, REST_BLOCK, NORM, True, False,
+                q_ptr + tokens * q_stride, q_head_stride, q_weight_ptr, table, k_pages_ptr,
+                heads, valid & (heads < NUM_HEADS), eps,
+                HEAD_DIM, ROTATED, FIRST, HALF_BLOCK, REST_BLOCK, NORM, True, False,
             )  # fmt: skip
-    elif part < NUM_QUERY_PARTS + NUM_KV_PARTS:
-        _prepare_heads(
-            k_ptr + token * k_stride, k_head_stride, k_weight_ptr, table, k_pages_ptr + row,
-            (part - NUM_QUERY_PARTS) * HEADS, NUM_KV_HEADS, eps,
-            HEAD_DIM, ROTATED, FIRST, HEADS, HALF_BLOCK, REST_BLOCK, NORM, not STAYS, True,
-        )  # fmt: skip
     else:
-        _prepare_heads(
-            v_ptr + token * v_stride, v_head_stride, k_weight_ptr, table, v_pages_ptr + row,
-            (part - NUM_QUERY_PARTS - NUM_KV_PARTS) * HEADS, NUM_KV_HEADS, eps,
-            HEAD_DIM, False, FIRST, HEADS, HALF_BLOCK, REST_BLOCK, False, False, True,
-        )  # fmt: skip
+        rows = tl.load(rows_ptr + tokens, mask=valid, other=0) * (NUM_KV_HEADS * HEAD_DIM)
+        if part < NUM_QUERY_PARTS + NUM_KV_PARTS:
+            heads += (part - NUM_QUERY_PARTS) * HEADS
+            _prepare_heads(
+                k_ptr + tokens * k_stride, k_head_stride, k_weight_ptr, table, k_pages_ptr + rows,
+                heads, valid & (heads < NUM_KV_HEADS), eps,
+                HEAD_DIM, ROTATED, FIRST, HALF_BLOCK, REST_BLOCK, NORM, not STAYS, True,
+            )  # fmt: skip
+        else:
+            heads += (part - NUM_QUERY_PARTS - NUM_KV_PARTS) * HEADS
+            _prepare_heads(
+                v_ptr + tokens * v_stride, v_head_stride, k_weight_ptr, table, v_pages_ptr + rows,
+                heads, valid & (heads < NUM_KV_HEADS), eps,
+                HEAD_DIM, False, FIRST, HALF_BLOCK, REST_BLOCK, False, False, True,
+            )  # fmt: skip
 
 
 class TritonQkv:
@@ -169,7 +179,8 @@ class TritonQkv:
         first = (rotation.table.shape[1] if rotation else head_dim) // 2
         heads = min(_MAX_HEADS, next_power_of_2(num_kv_heads))
         num_parts = cdiv(num_heads, heads) + 2 * cdiv(num_kv_heads, heads)
-        _store_kernel[(num_tokens, num_parts)](
+        tokens = _PAIRS // heads
+        _store_kernel[(cdiv(num_tokens, tokens), num_parts)](
             q,
             k,
             v,
@@ -187,16 +198,18 @@ class TritonQkv:
             v.stride(0),
             v.stride(1),
             norms.eps if norms else 0.0,
+            num_tokens,
             NUM_HEADS=num_heads,
             NUM_KV_HEADS=num_kv_heads,
             HEAD_DIM=head_dim,
             ROTATED=rotation is not None,
             FIRST=first,
             HEADS=heads,
+            TOKENS=tokens,
             HALF_BLOCK=next_power_of_2(first),
             REST_BLOCK=next_power_of_2(max(head_dim - 2 * first, 1)),
             NORM=norms is not None,
-            num_warps=2,
+            num_warps=8,
             **early_launch(q.device),
         )
 

@@ -54,7 +54,7 @@ def test_the_cache_holds_one_row_of_latent_and_rotated_features() -> None:
         512,
     )
     assert spec.bytes_per_token(2) == 6 * 1152
-    assert FAMILY.defaults(config, "cuda") == {"page_size": 64}
+    assert FAMILY.defaults(config, "cuda") == {"page_size": 64, "chunked_prefill_size": 16384}
 
 
 def test_yarn_sharpens_the_scores() -> None:
