@@ -4,8 +4,9 @@ Slots 0 .. num_slots - 1 belong to requests; slot `num_slots` is for padding row
 0, and its page table points to the padding page.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -126,10 +127,10 @@ class SlotState:
         ends, row_ends = starts + sizes, sizes.cumsum()
         samples = np.array([chunk.samples for chunk in chunks], dtype=bool)
         packing[_TOKENS + "slots"] = np.concatenate((_integers(plan.decode), np.repeat(slots, sizes)))
-        packing[_TOKENS + "ids"] = _integers([token for chunk in chunks for token in chunk.token_ids])
+        packing[_TOKENS + "ids"] = _integers(chain.from_iterable(chunk.token_ids for chunk in chunks))
         packing[_TOKENS + "positions"] = np.arange(sizes.sum()) + np.repeat(ends - row_ends, sizes)
-        packing[_TOKENS + "entries"] = _integers([entry for grant in plan.grants for entry in self._entries(grant)])
-        packing[_TOKENS + "pages"] = _integers([page for grant in plan.grants for page in grant.page_ids])
+        packing[_TOKENS + "entries"] = _integers(chain.from_iterable(map(self._entries, plan.grants)))
+        packing[_TOKENS + "pages"] = _integers(chain.from_iterable(grant.page_ids for grant in plan.grants))
         packing["chunk_slots"] = slots
         packing["chunk_ends"] = ends
         rows = np.concatenate((np.arange(num_rows), num_rows + row_ends[samples] - 1))
@@ -148,8 +149,8 @@ class SlotState:
         return range(first, first + len(grant.page_ids))
 
 
-def _integers(values: Sequence[int]) -> np.ndarray:
-    return np.array(values, dtype=np.int64)
+def _integers(values: Iterable[int]) -> np.ndarray:
+    return np.fromiter(values, dtype=np.int64)
 
 
 def _score_rows(chunk: Chunk, end: int) -> range:
