@@ -36,6 +36,7 @@ class Case:
     actual: Callable[[], Tensor] | None = None  # the backend's; None: what `run` returns
     num_bytes: int
     num_flops: int = 0
+    speed: int = 1  # of products: eight-bit ones are twice as fast as those of half precision
     captures: bool = True  # into a graph, so that no time of the host's is in it
 
 

@@ -113,7 +113,7 @@ def _measure_op(
                 seconds, deviation = platform.submit(
                     partial(_returned, partial(_measure, case, platform.device))
                 ).result()
-                limit = max(case.num_bytes / rates.bandwidth, case.num_flops / rates.products)
+                limit = max(case.num_bytes / rates.bandwidth, case.num_flops / (rates.products * case.speed))
                 yield KernelMeasurement(
                     op=op,
                     backend=name,
