@@ -91,3 +91,9 @@ def early_launch(device: torch.device) -> dict[str, Any]:
 def num_multiprocessors(device: torch.device) -> int:
     """Of a CUDA device; of another, 1."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device's multiprocessor; of another, 0."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 0

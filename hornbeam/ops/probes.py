@@ -62,8 +62,9 @@ class Probes:
         self._wait()
 
     def prefill_attention(self, backend: AttentionBackend) -> None:
-        """A row with two queries."""
-        self._planned(backend, self._attention_rows(2, 2), prefill=True)()
+        """A row with two queries, which see few keys and many."""
+        for length in (2, _MAX_PAGES * self._query.page_size):
+            self._planned(backend, self._attention_rows(2, length), prefill=True)()
         self._wait()
 
     def _planned(self, backend: AttentionBackend, rows: Rows, *, prefill: bool) -> Callable[[], object]:

@@ -49,10 +49,11 @@ def test_decode_with_several_queries_per_row(device, dtype):
 
 
 @pytest.mark.parametrize(("page_size", "window"), [(1, None), (24, 70), (128, None)])
-def test_decode_over_pages_of_any_size(device, page_size, window):
+@pytest.mark.parametrize("query_lens", [[1, 1, 1], [30, 1, 20]])
+def test_pages_of_any_size(device, page_size, window, query_lens):
     """A block of keys has pieces of many pages, or is a piece of one."""
     shape = make_shape(device, torch.float32, 4, 2, 16, window=window)
-    case = make_case(shape, [min(length, 32 * page_size) for length in (300, 128, 25)], [1] * 3)
+    case = make_case(shape, [min(length, 32 * page_size) for length in (300, 128, 25)], query_lens)
     tables = torch.randperm(16 * 32, dtype=torch.int32).reshape(16, 32)[: len(case.rows.page_tables)].to(device)
     case = dataclasses.replace(
         case,
@@ -61,7 +62,8 @@ def test_decode_over_pages_of_any_size(device, page_size, window):
         k_pages=torch.randn(16 * 32, page_size, 2, 16, device=device),
         v_pages=torch.randn(16 * 32, page_size, 2, 16, device=device),
     )
-    check(case, create(case.shape, 8).plan_decode(case.rows))
+    attention = create(case.shape, 8)
+    check(case, (attention.plan_prefill if max(query_lens) > 1 else attention.plan_decode)(case.rows))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hornbeam.core.plan import SharedPrefix
 from hornbeam.ops.attention.contract import AttentionShape
-from hornbeam.ops.attention.paged_keys import BLOCK_KEYS, attend_keys
+from hornbeam.ops.attention.paged_keys import BLOCK_KEYS, attend_keys, num_stages
 from hornbeam.ops.launch import Kernel, early_launch, next_power_of_2
 
 _PROGRAMS = 2  # per multiprocessor
@@ -196,7 +196,7 @@ class Cascade:
             SOFT_CAP=shape.soft_cap or 0.0,
             BLOCK=self.block,
             BLOCK_KEYS=BLOCK_KEYS,
-            num_stages=3 if shape.dtype.itemsize == 2 else 1,
+            num_stages=num_stages(shape),
             **early_launch(shape.device),
         )
         return self._parts, self._lse, self.tiles, self.strips

@@ -2,8 +2,9 @@
 
 Decode runs on tensor cores for every group size: it reads the cache once, and so is bound by memory all the same. Each
 batch size has a wrapper in graph mode, captured or not, so that a step gives the same numbers either way. Prefill takes
-FlashAttention-3 on Hopper where its module is there, but FlashAttention-2 for short chunks, of which it puts the heads
-of a group into one tile, and in graphs of few tokens, whose keys it splits over the whole device.
+FlashAttention-3 on Hopper where its module is there. Short chunks leave most of its tiles empty: they go to our own
+kernel, which puts the heads of a group into one tile, or with few keys to FlashAttention-2, which does so, too, and
+which also has graphs of few tokens, whose keys it splits over the whole device.
 
 Plans are made on the host from upper bounds of lengths, without waiting for the device. Which pages and how many tokens
 a row has is filled in on the device. A length that falls short of its bound by pages may cross a split of the plan,
@@ -24,13 +25,15 @@ from torch import Tensor
 
 from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows
 from hornbeam.ops.attention.page_lists import PageLists
+from hornbeam.ops.attention.triton import TiledPrefill
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.query import OpQuery
 
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = ("bfloat16", "float16")
 _PREFILL_TILE = 128  # packed queries of FlashAttention-2's largest tile, and queries of FlashAttention-3's
-_MOST_PADDED = 1.75  # queries of FlashAttention-3's tiles per real one, beyond which it is slower, on an H200
+_MOST_PADDED = 1.3  # queries of FlashAttention-3's tiles per real one, beyond which others are faster, on an H200
+_MANY_KEYS = 4  # per query of such chunks, from which ours is faster than FlashAttention-2
 _LEAST_RECORDED = 256  # tokens of graphs from which FlashAttention-3 is faster, which does not split keys
 _PLAN_BYTES_PER_ROW = 64  # of a decode plan; it takes less than half of it
 _CAPTURED_PLAN_BYTES = 1 << 18  # twice what 3,072 queries of 30 chunks take with 64 heads
@@ -60,6 +63,7 @@ class FlashInferAttention:
         self._short: BatchPrefillWithPagedKVCacheWrapper | None = None  # for chunks that fill no tile
         if fa3:
             self._short = BatchPrefillWithPagedKVCacheWrapper(self._scratch, "NHD", backend="fa2")
+        self._short_behind_many = TiledPrefill(shape)
         self._prompts = BatchPrefillWithRaggedKVCacheWrapper(self._scratch, "NHD", backend=backend)
         self._captured_prefills: dict[int, tuple[BatchPrefillWithPagedKVCacheWrapper, Attend]] = {}  # by queries
         self._captured_scratch = self._scratch
@@ -108,6 +112,8 @@ class FlashInferAttention:
             return attend
         wrapper = self._prefill
         if self._short is not None and _wastes_tiles(rows):
+            if sum(rows.len_bounds) >= _MANY_KEYS * num_queries:
+                return self._short_behind_many.plan(rows)
             wrapper = self._short
         elif rows.fresh and list(rows.len_bounds) == list(rows.query_lens):
             return self._plan_prompts(query_begins)

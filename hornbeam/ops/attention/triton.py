@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hornbeam.ops.attention.balanced import BalancedDecode
 from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows, StoringAttend
-from hornbeam.ops.attention.paged_keys import BLOCK_KEYS, LOG2_E, attend_keys
+from hornbeam.ops.attention.paged_keys import BLOCK_KEYS, LOG2_E, attend_keys, num_stages
 from hornbeam.ops.attention.triton_row import plan_row
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2, num_multiprocessors
@@ -74,7 +74,8 @@ def _attend_kernel(
     remaining = tl.load(tiles_ptr + 3 * tile + 2)
     num_queries = tl.minimum(remaining, BLOCK // GROUP)
     position = tl.load(lens_ptr + row) - remaining  # of the first query
-    begin = tl.maximum(position - WINDOW + 1, 0) if WINDOW else 0  # the first key that the first query sees
+    # The page with the first key that the first query sees.
+    begin = tl.maximum(position - WINDOW + 1, 0) // PAGE_SIZE * PAGE_SIZE if WINDOW else 0
     end = position + num_queries  # keys that the last query sees
 
     packed = tl.arange(0, BLOCK)
@@ -144,16 +145,42 @@ def _merge_kernel(parts_ptr, lse_ptr, out_ptr, HEAD_DIM: tl.constexpr, NUM_SPLIT
     tl.store(out_ptr + index * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty))
 
 
+class TiledPrefill:
+    """Prefill of one lane."""
+
+    def __init__(self, shape: AttentionShape) -> None:
+        self._shape = shape
+        # By queries and the address of their rows' slots: the tiles' buffer, and its reader.
+        self._recorded: dict[tuple[int, int], tuple[Tensor, Attend]] = {}
+
+    def plan(self, rows: Rows) -> Attend:
+        """See `Attention.plan_prefill`."""
+        group = self._shape.num_heads // self._shape.num_kv_heads
+        tile_len = max(_PREFILL_BLOCK, next_power_of_2(group)) // group
+        listed = tiles(rows.query_lens, tile_len)
+        if not rows.captured:
+            return attend_tiles(self._shape, rows, _upload(listed, self._shape.device), tile_len, num_splits=1)
+        num_queries = sum(rows.query_lens)
+        key = num_queries, rows.slots.data_ptr()
+        if key not in self._recorded:
+            most_tiles = cdiv(num_queries, tile_len) + len(rows.query_lens) - 1
+            buffer = torch.zeros((most_tiles, 3), dtype=torch.int32, device=self._shape.device)
+            self._recorded[key] = buffer, attend_tiles(self._shape, rows, buffer, tile_len, _PREFILL_SPLITS)
+        buffer, attend = self._recorded[key]
+        empty = [(0, 0, 0)] * (len(buffer) - len(listed))
+        buffer.copy_(torch.tensor(listed + empty, dtype=torch.int32), non_blocking=True)
+        return attend
+
+
 class TritonAttention:
     """Everything a step changes is read from the device: there is little to plan."""
 
     def __init__(self, shape: AttentionShape, max_rows: int) -> None:
         self._shape = shape
         self._decode = BalancedDecode(shape, max_rows, num_multiprocessors(shape.device))
-        self._row_tile = self._upload(tiles((1,), 1))
+        self._prefill = TiledPrefill(shape)
+        self._row_tile = _upload(tiles((1,), 1), shape.device)
         self._captured_rows: dict[int, Attend] = {}  # single rows, by the address of their slots
-        # By queries and the address of their rows' slots: the tiles' buffer, and its reader.
-        self._captured_prefills: dict[tuple[int, int], tuple[Tensor, Attend]] = {}
 
     def plan_decode(self, rows: Rows) -> Attend:
         """See `Attention`."""
@@ -176,88 +203,75 @@ class TritonAttention:
             next_power_of_2(cdiv(_PROGRAMS, shape.num_kv_heads)),
             next_power_of_2(cdiv(most_keys, BLOCK_KEYS)),
         )
-        attend = self._attend(rows, self._row_tile, 1, num_splits)
+        attend = attend_tiles(shape, rows, self._row_tile, 1, num_splits)
         if shape.head_dim < 2 * _DECODE_BLOCK:
             return attend
         return StoringAttend(attend=attend, run=plan_row(shape, rows, merge_parts))
 
     def plan_prefill(self, rows: Rows) -> Attend:
         """See `Attention`."""
-        group = self._shape.num_heads // self._shape.num_kv_heads
-        tile_len = max(_PREFILL_BLOCK, next_power_of_2(group)) // group
-        listed = tiles(rows.query_lens, tile_len)
-        if not rows.captured:
-            return self._attend(rows, self._upload(listed), tile_len, num_splits=1)
-        num_queries = sum(rows.query_lens)
-        key = num_queries, rows.slots.data_ptr()
-        if key not in self._captured_prefills:
-            most_tiles = cdiv(num_queries, tile_len) + len(rows.query_lens) - 1
-            buffer = torch.zeros((most_tiles, 3), dtype=torch.int32, device=self._shape.device)
-            attend = self._attend(rows, buffer, tile_len, _PREFILL_SPLITS)
-            self._captured_prefills[key] = buffer, attend
-        buffer, attend = self._captured_prefills[key]
-        empty = [(0, 0, 0)] * (len(buffer) - len(listed))
-        buffer.copy_(torch.tensor(listed + empty, dtype=torch.int32), non_blocking=True)
-        return attend
+        return self._prefill.plan(rows)
 
-    def _upload(self, tiles: list[tuple[int, int, int]]) -> Tensor:
-        return torch.tensor(tiles, dtype=torch.int32).to(self._shape.device, non_blocking=True)
 
-    def _attend(self, rows: Rows, tiles: Tensor, tile_len: int, num_splits: int) -> Attend:
-        shape = self._shape
-        group = shape.num_heads // shape.num_kv_heads
-        block = max(_DECODE_BLOCK, next_power_of_2(tile_len * group))
-        early = early_launch(shape.device)
-        is_single = len(rows.query_lens) == 1 and block == _DECODE_BLOCK
-        num_stages = 1  # keys and values of each stage wait in shared memory
-        if shape.dtype.itemsize == 2:
-            num_stages = 2 if is_single else 3  # little code, since one row is over before much could be fetched
+def _upload(tiles: list[tuple[int, int, int]], device: torch.device) -> Tensor:
+    return torch.tensor(tiles, dtype=torch.int32).to(device, non_blocking=True)
 
-        def attend(
-            q: Tensor,
-            k_pages: Tensor,
-            v_pages: Tensor,
-            sinks: Tensor | None = None,
-            fresh: Fresh | None = None,
-            out: Tensor | None = None,
-        ) -> Tensor:
-            assert q.stride(2) == 1
-            out = parts = lse = q.new_empty(q.shape) if out is None else out
-            if num_splits > 1:
-                lse = torch.empty((*q.shape[:2], num_splits), dtype=torch.float32, device=q.device)
-                parts = torch.empty((*lse.shape, shape.head_dim), dtype=torch.float32, device=q.device)
-            _attend_kernel[(len(tiles), shape.num_kv_heads, num_splits)](
-                q,
-                k_pages,
-                v_pages,
-                parts,
-                lse,
-                rows.page_tables,
-                rows.slots,
-                rows.lens,
-                tiles,
-                q if sinks is None else sinks,
-                q.stride(0),
-                q.stride(1),
-                rows.page_tables.stride(0),
-                shape.scale,
-                NUM_HEADS=shape.num_heads,
-                NUM_KV_HEADS=shape.num_kv_heads,
-                HEAD_DIM=shape.head_dim,
-                PAGE_SIZE=shape.page_size,
-                WINDOW=shape.window or 0,
-                SOFT_CAP=shape.soft_cap or 0.0,
-                HAS_SINKS=sinks is not None,
-                NUM_SPLITS=num_splits,
-                BLOCK=block,
-                BLOCK_KEYS=BLOCK_KEYS,
-                num_stages=num_stages,
-                num_warps=8 if is_single else 4,
-                **early,
-            )
-            return merge_parts(parts, lse, out) if num_splits > 1 else out
 
-        return attend
+def attend_tiles(shape: AttentionShape, rows: Rows, tiles: Tensor, tile_len: int, num_splits: int) -> Attend:
+    """Attention of tiles of at most `tile_len` queries (see the kernel), their keys in so many parts."""
+    group = shape.num_heads // shape.num_kv_heads
+    block = max(_DECODE_BLOCK, next_power_of_2(tile_len * group))
+    early = early_launch(shape.device)
+    is_single = len(rows.query_lens) == 1 and block == _DECODE_BLOCK
+    stages = num_stages(shape)
+    if is_single:
+        stages = min(stages, 3)  # little code, since one row is over before much could be fetched
+
+    def attend(
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        sinks: Tensor | None = None,
+        fresh: Fresh | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        assert q.stride(2) == 1
+        out = parts = lse = q.new_empty(q.shape) if out is None else out
+        if num_splits > 1:
+            lse = torch.empty((*q.shape[:2], num_splits), dtype=torch.float32, device=q.device)
+            parts = torch.empty((*lse.shape, shape.head_dim), dtype=torch.float32, device=q.device)
+        _attend_kernel[(len(tiles), shape.num_kv_heads, num_splits)](
+            q,
+            k_pages,
+            v_pages,
+            parts,
+            lse,
+            rows.page_tables,
+            rows.slots,
+            rows.lens,
+            tiles,
+            q if sinks is None else sinks,
+            q.stride(0),
+            q.stride(1),
+            rows.page_tables.stride(0),
+            shape.scale,
+            NUM_HEADS=shape.num_heads,
+            NUM_KV_HEADS=shape.num_kv_heads,
+            HEAD_DIM=shape.head_dim,
+            PAGE_SIZE=shape.page_size,
+            WINDOW=shape.window or 0,
+            SOFT_CAP=shape.soft_cap or 0.0,
+            HAS_SINKS=sinks is not None,
+            NUM_SPLITS=num_splits,
+            BLOCK=block,
+            BLOCK_KEYS=BLOCK_KEYS,
+            num_stages=stages,
+            num_warps=8 if is_single else 4,
+            **early,
+        )
+        return merge_parts(parts, lse, out) if num_splits > 1 else out
+
+    return attend
 
 
 def merge_parts(parts: Tensor, lse: Tensor, out: Tensor) -> Tensor:
