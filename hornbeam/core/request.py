@@ -98,7 +98,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One generation to run. `rid` is unique among the requests in flight."""
+    """One generation to run. `rid` is unique among the requests in flight. Its token ids exist: whoever makes it has
+    looked, and nobody behind does."""
 
     rid: str
     prompt_ids: tuple[int, ...]

@@ -95,5 +95,7 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of a CUDA device's multiprocessor; of another, 0."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 0
+    """Bytes of a CUDA device's multiprocessor; of another, and where torch does not tell (before 2.7), 0."""
+    if device.type != "cuda":
+        return 0
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", 0)

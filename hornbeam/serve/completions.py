@@ -91,7 +91,7 @@ def _prompts(prompt: Any) -> list[dict[str, Any]]:
         raise BadRequest("prompt must not be an empty list", "prompt")
     if isinstance(prompt[0], str):
         return [{"text": text} for text in prompt]
-    return [{"token_ids": tuple(ids)} for ids in ([prompt] if isinstance(prompt[0], int) else prompt)]
+    return [{"token_ids": ids} for ids in ([prompt] if isinstance(prompt[0], int) else prompt)]
 
 
 def _numbered(rid: str | None, index: int, count: int) -> str | None:

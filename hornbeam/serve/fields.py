@@ -64,8 +64,12 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_int, value))
 
 
+def _is_id_lists(value: Any) -> bool:
+    return _is_ids(value) or (isinstance(value, list) and all(map(_is_ids, value)))
+
+
 def _is_prompt_ids(value: Any) -> bool:
-    """By their begin: prompts are long, and who uses the ids looks whether they exist (`known_ids`)."""
+    """By the first item and the lists alone: prompts are long, and the ids themselves are checked by `known_ids`."""
     if not isinstance(value, list):
         return False
     return not value or isinstance(value[0], int) or all(isinstance(row, list) for row in value)
@@ -112,7 +116,7 @@ PROMPTS = Kind(
     lambda value: _is_strings(value) or _is_prompt_ids(value),
     {"anyOf": [_STRINGS, _IDS, _array(_IDS)]},
 )
-ID_LISTS = Kind("a list of integers, or one such list per prompt", _is_prompt_ids, PROMPT_IDS.schema)
+ID_LISTS = Kind("a list of integers, or one such list per prompt", _is_id_lists, PROMPT_IDS.schema)
 BIASES = Kind(
     "an object of numbers by token id",
     _is_biases,

@@ -14,7 +14,7 @@ from hornbeam.serve.openai import template_variables
 from hornbeam.serve.serving import Serving
 from hornbeam.serve.tables import DETOKENIZE, TOKENIZE
 
-_MAX_ID = 2**32 - 1  # what the tokenizer's ids are held in
+_NUM_IDS = 2**32  # what the tokenizer's ids are held in
 
 
 def token_routes(serving: Serving) -> tuple[Route, ...]:
@@ -70,9 +70,6 @@ class _Tokens:
             raise BadRequest("this server has no tokenizer")
         rows: list[Any] = fields["tokens"]
         nested = bool(rows) and isinstance(rows[0], list)
-        texts = []
-        for ids in rows if nested else [rows]:
-            texts.append(
-                tokenizer.decode(known_ids(ids, "tokens", _MAX_ID + 1), fields.get("skip_special_tokens", True))
-            )
+        skips = fields.get("skip_special_tokens", True)
+        texts = [tokenizer.decode(known_ids(ids, "tokens", _NUM_IDS), skips) for ids in (rows if nested else [rows])]
         return json_response({"text": texts if nested else texts[0]})

@@ -10,7 +10,7 @@ import pytest
 from hornbeam.core.errors import BadRequest, EngineDead, HornbeamError, Overloaded
 from hornbeam.core.request import Finish, RequestOutput, SamplingParams
 from hornbeam.engine import envelope
-from hornbeam.engine.frontend import LONG_TEXT, Frontend
+from hornbeam.engine.frontend import LONG_TEXT, Frontend, known_ids
 from hornbeam.engine.stream import GenerationRequest
 from hornbeam.text.session import TextOptions
 
@@ -154,6 +154,17 @@ def test_all_or_none_of_a_batch():
         assert frontend.num_in_flight == 0
 
     run(test)
+
+
+def test_known_ids_are_integers_of_the_vocabulary():
+    ids = known_ids([0, fake_engine.VOCAB - 1], "x", fake_engine.VOCAB)
+    assert ids == (0, fake_engine.VOCAB - 1)
+    assert known_ids(ids, "x", fake_engine.VOCAB) == ids
+    assert known_ids([], "x", fake_engine.VOCAB) == ()
+    for bad in (-1, fake_engine.VOCAB, 2**64, -(2**64), True, 1.0, float("nan"), "1", None, [1], (), {}):
+        with pytest.raises(BadRequest, match="x must hold token ids, integers of") as error:
+            known_ids([1, bad], "x", fake_engine.VOCAB)
+        assert error.value.field == "x"
 
 
 def test_before_it_is_ready_and_while_it_ends():

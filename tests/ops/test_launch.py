@@ -1,4 +1,5 @@
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,3 +44,13 @@ def test_sizes():
 
     assert [cdiv(number, 4) for number in (0, 1, 4, 5)] == [0, 1, 1, 2]
     assert [next_power_of_2(number) for number in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("told", "expected"), [({"shared_memory_per_multiprocessor": 233472}, 233472), ({}, 0)])
+def test_shared_memory_that_torch_does_not_tell_is_none(monkeypatch, told, expected):
+    from hornbeam.ops.launch import shared_memory
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**told))
+    assert shared_memory.__wrapped__(torch.device("cuda")) == expected
+    assert shared_memory(torch.device("cpu")) == 0

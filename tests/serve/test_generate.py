@@ -295,6 +295,7 @@ def test_ids_only(start):
         ({"text": "a", "return_logprob": True, "logprob_start_len": "0"}, "logprob_start_len"),
         ({"text": "a", "return_logprob": True, "token_ids_logprob": [fake_engine.VOCAB]}, "token_ids_logprob"),
         ({"text": "a", "return_logprob": True, "token_ids_logprob": [1, "a"]}, "token_ids_logprob"),
+        ({"text": "a", "token_ids_logprob": [[1, True]]}, "token_ids_logprob"),
         ({"text": ["a", "b"], "return_logprob": True, "token_ids_logprob": [[1]]}, "token_ids_logprob"),
         ({"text": ["a", "b"], "sampling_params": [{"n": 1}, {"n": 2}]}, "n"),
         ({"text": "a", "image_data": "x"}, "image_data"),
