@@ -87,6 +87,14 @@ def test_batch_with_values_for_each(server):
     assert answers[1]["meta_info"]["finish_reason"] == {"type": "stop", "matched": ord("z")}
 
 
+def test_answers_of_a_batch_keep_their_order_whichever_ends_first(server):
+    samplings = [{"max_new_tokens": length} for length in (9, 1, 4)]
+    answers = generate(server, text=["a", "k", "p"], sampling_params=samplings).json()
+    assert [answer["text"] for answer in answers] == ["bcdefghij", "l", "qrst"]
+    seconds = [answer["meta_info"]["e2e_latency"] for answer in answers]
+    assert seconds[1] < seconds[2] < seconds[0]
+
+
 def test_batch_of_one_is_a_list_and_its_rid_stays(server):
     assert [answer["meta_info"]["id"] for answer in generate(server, text=["a"], rid="r").json()] == ["r"]
     assert [answer["meta_info"]["id"] for answer in generate(server, text=["a", "b"], rid="r").json()] == ["r_0", "r_1"]
@@ -379,4 +387,5 @@ def test_a_failing_step_is_an_error_500_and_the_server_lives(server):
     response = generate(server, input_ids=[fake_engine.FAIL], status=500)
     assert "the device hiccuped" in response.json()["error"]["message"]
     generate(server, input_ids=[fake_engine.FAIL], stream=True, status=500)
+    generate(server, input_ids=[[97], [fake_engine.FAIL]], status=500)  # none of a batch is answered then
     assert generate(server, text="a").json()["text"] == "bcd"
