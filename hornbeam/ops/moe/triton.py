@@ -333,7 +333,8 @@ def _down_of_many(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor,
         expected = torch.cat((x[:block] @ weights[0].T, x[block : block + 1] @ weights[1].T))
         torch.testing.assert_close(out, expected, atol=0.1, rtol=0.02)
     except Exception as error:
-        logger.warning("experts of many tokens go without a kernel that this Triton does not run: %s", error)
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        logger.warning("the kernel in Gluon for experts of many tokens is left out (%s): Triton's serves", reason)
         return None
     return multiply_down
 
