@@ -12,7 +12,7 @@ from hornbeam import __version__
 
 PACKAGES = (
     *("torch", "triton", "flashinfer-python", "numpy", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
-    *("fastapi", "uvicorn", "uvloop", "msgspec", "pyzmq", "orjson", "jinja2", "aiohttp", "matplotlib"),
+    *("starlette", "uvicorn", "uvloop", "msgspec", "pyzmq", "orjson", "jinja2", "aiohttp", "matplotlib"),
 )
 
 

@@ -292,11 +292,16 @@ class Frontend:
 def known_ids(ids: Sequence[int], field: str, vocab_size: int) -> tuple[int, ...]:
     """The same ids; raises BadRequest if one is no integer, or does not exist. In one pass without a call for each:
     prompts are long."""
-    known = Annotated[int, msgspec.Meta(ge=0, lt=vocab_size)]
     try:
-        return msgspec.convert(ids, tuple[known, ...])
+        return msgspec.convert(ids, _ids_below(vocab_size))
     except msgspec.ValidationError:
         raise BadRequest(f"{field} must hold token ids, integers of at least 0 and below {vocab_size}", field) from None
+
+
+@functools.cache
+def _ids_below(vocab_size: int) -> type[tuple[int, ...]]:
+    known = Annotated[int, msgspec.Meta(ge=0, lt=vocab_size)]
+    return tuple[known, ...]
 
 
 @functools.cache

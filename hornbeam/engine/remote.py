@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from hornbeam.engine.child import end_child, fate_of, start_child
 from hornbeam.engine.envelope import Command, Event
@@ -40,56 +39,68 @@ class ProcessEngine:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode: Callable[[bytes], Event] = msgspec.msgpack.Decoder(Event).decode
         self._folder = ""
-        self._context: zmq.asyncio.Context | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._commands: zmq.Socket[bytes] | None = None
+        self._events_fd = -1
+        self._outbox: list[msgspec.Raw] = []  # commands of this turn of the event loop
         self._process: asyncio.subprocess.Process | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._watch: asyncio.Task[None] | None = None
 
     async def start(self, on_event: Callable[[Event], None], on_end: Callable[[str], None]) -> None:
         """See `EngineHandle`."""
         self._folder = tempfile.mkdtemp(prefix="hornbeam-")  # mode 0700
-        self._context = zmq.asyncio.Context()
-        self._commands = zmq.Context(self._context).socket(zmq.PUSH)
+        self._context = zmq.Context()
+        self._commands = self._context.socket(zmq.PUSH)
         events = self._context.socket(zmq.PULL)
         for name, socket in ((COMMANDS, self._commands), (EVENTS, events)):
             socket.set(zmq.LINGER, 0)
             socket.set_hwm(0)
             socket.bind(f"ipc://{self._folder}/{name}")
         self._process = await start_child({**self._options, "folder": self._folder})
-        self._tasks = [
-            asyncio.create_task(self._read(events, on_event, on_end)),
-            asyncio.create_task(self._watch(self._process, on_end)),
-        ]
+        self._events_fd = events.fileno()
+        asyncio.get_running_loop().add_reader(self._events_fd, self._read, events, on_event, on_end)
+        self._watch = asyncio.create_task(_watch(self._process, on_end))
 
     def send(self, command: Command) -> None:
-        """See `EngineHandle`."""
+        """See `EngineHandle`. Those of one turn of the event loop are one message: each message wakes a thread."""
+        self._outbox.append(msgspec.Raw(self._encode(command)))
+        if len(self._outbox) == 1:
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
         if self._commands is not None:
             with contextlib.suppress(zmq.Again):  # nobody at the other end: `on_end` tells what happened
-                self._commands.send(self._encode(command), zmq.NOBLOCK)
+                self._commands.send(self._encode(self._outbox), zmq.NOBLOCK)
+        self._outbox.clear()
 
     async def close(self, timeout: float) -> None:
         """See `EngineHandle`. Kills what does not end."""
         if self._process is not None:
             await end_child(self._process, timeout)
-        for task in self._tasks:
-            task.cancel()
+            asyncio.get_running_loop().remove_reader(self._events_fd)
+        if self._watch is not None:
+            self._watch.cancel()
         if self._context is not None:
             self._commands = None
             self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _read(
-        self, events: zmq.asyncio.Socket, on_event: Callable[[Event], None], on_end: Callable[[str], None]
+    def _read(
+        self, events: "zmq.Socket[bytes]", on_event: Callable[[Event], None], on_end: Callable[[str], None]
     ) -> None:
+        """Take all that is there: the file descriptor tells of it once."""
         try:
-            while True:
-                on_event(self._decode(await events.recv()))
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    on_event(self._decode(events.recv(zmq.NOBLOCK)))
         except Exception as error:
             logger.exception("the engine's events cannot be read")
+            asyncio.get_running_loop().remove_reader(self._events_fd)
             on_end(f"the engine's events cannot be read: {error}")
 
-    async def _watch(self, process: asyncio.subprocess.Process, on_end: Callable[[str], None]) -> None:
-        on_end(await fate_of(process))
+
+async def _watch(process: asyncio.subprocess.Process, on_end: Callable[[str], None]) -> None:
+    on_end(await fate_of(process))
 
 
 class SocketLink:
@@ -103,7 +114,7 @@ class SocketLink:
         self._watchdog_timeout = watchdog_timeout
         self._watched_since = -math.inf
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode: Callable[[bytes], Command] = msgspec.msgpack.Decoder(Command).decode
+        self._decode: Callable[[bytes], list[Command]] = msgspec.msgpack.Decoder(list[Command]).decode
         self._context = zmq.Context()
         self._commands = self._context.socket(zmq.PULL)
         self._events = self._context.socket(zmq.PUSH)
@@ -120,10 +131,10 @@ class SocketLink:
         if time.monotonic() - self._watched_since > self._watchdog_timeout / 10:
             faulthandler.dump_traceback_later(1.1 * self._watchdog_timeout, exit=True)
             self._watched_since = time.monotonic()
-        received = []
+        received: list[Command] = []
         with contextlib.suppress(zmq.Again):
             while True:
-                received.append(self._decode(self._commands.recv(zmq.NOBLOCK)))
+                received += self._decode(self._commands.recv(zmq.NOBLOCK))
         return received
 
     def send(self, event: Event) -> None:

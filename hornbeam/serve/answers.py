@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from hornbeam.core.errors import BadRequest, HornbeamError
 
@@ -26,7 +26,6 @@ _ERROR_TYPES = {
     503: "ServiceUnavailableError",
 }
 MAX_BODY_BYTES = 64 * 2**20
-_DIRECT_SEND = "hornbeam.send"  # of a scope: the server's own `send`
 _CLIENT_CLOSED_REQUEST = 499  # for logs; nobody receives it
 
 
@@ -70,7 +69,7 @@ async def read_json(request: Request, *, optional: bool = False) -> Any:
         ClientGone: it did not come.
     """
     content_type = request.headers.get("content-type", "")
-    if request.url.path.startswith("/v1/") and content_type.partition(";")[0].strip() != "application/json":
+    if request.scope["path"].startswith("/v1/") and content_type.partition(";")[0].strip() != "application/json":
         raise BadRequest(f"the content-type must be application/json, not {content_type!r}")
     body = await _read_body(request)
     if optional and not body:
@@ -100,30 +99,44 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientGone: it did, before the result was there.
     """
-    task = asyncio.ensure_future(work)
-    departure = asyncio.ensure_future(_departure(receive))
+    task = asyncio.current_task()
+    assert task is not None, "a coroutine runs in a task"
+    departure = asyncio.create_task(_cancel_at_departure(receive, task))
     try:
-        await asyncio.wait((task, departure), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if not departure.done():
+            raise  # somebody else's
+        task.uncancel()
+        raise ClientGone from None
     finally:
-        task.cancel()
         departure.cancel()
-        await asyncio.gather(task, departure, return_exceptions=True)
 
 
-async def _departure(receive: Receive) -> None:
+async def _cancel_at_departure(receive: Receive, task: asyncio.Task[Any]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    task.cancel()
 
 
-async def respond(request: Request, work: Coroutine[Any, Any, Any]) -> Response:
-    """The JSON result of `work` as a response; `work` is cancelled when the client goes away."""
+async def respond(
+    request: Request, answer: AsyncIterator[Any] | Coroutine[Any, Any, Any], close: Callable[[], None]
+) -> Response:
+    """The response of JSON values as they come, or of one.
+
+    Args:
+        answer: is cancelled when the client goes away.
+        close: called when it is over, however it ends.
+
+    Raises:
+        ClientGone: it did.
+    """
+    if isinstance(answer, AsyncIterator):
+        return EventStream(answer, close)
     try:
-        return json_response(await while_connected(request.receive, work))
-    except ClientGone:
-        return gone_response()
+        return json_response(await while_connected(request.receive, answer))
+    finally:
+        close()
 
 
 def gone_response() -> Response:
@@ -134,36 +147,26 @@ def gone_response() -> Response:
 class EventStream(Response):
     """Server-sent events, ended by `[DONE]`.
 
-    The first event is awaited before the status line is sent, so an error until then is a plain HTTP error. A later
-    one becomes an event.
-
-    Args:
-        events: JSON values.
-        close: called when it is over, however it ends: the client may go away at any time.
+    The first event is awaited before the status line is sent, so an error until then is raised. A later one becomes an
+    event. `events` and `close` are as in `respond`.
     """
 
     def __init__(self, events: AsyncIterator[Any], close: Callable[[], None]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        del self.headers["content-length"]
+        self.raw_headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         self._events = events
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send everything, as an ASGI application."""
+        """Send everything, as an ASGI application. Raises what the first event raises."""
         try:
             with contextlib.suppress(ClientGone):
-                await while_connected(receive, self._send(scope, receive, send))
+                await while_connected(receive, self._send(send))
         finally:
             self._close()
 
-    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            event = await anext(self._events)
-        except HornbeamError as error:
-            await error_response(error)(scope, receive, send)
-            return
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        send = scope[_DIRECT_SEND]
+    async def _send(self, send: Send) -> None:
+        event = await anext(self._events)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             await send(_frame(orjson.dumps(event)))
             async for event in self._events:
@@ -175,15 +178,3 @@ class EventStream(Response):
 
 def _frame(data: bytes) -> dict[str, Any]:
     return {"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True}
-
-
-class DirectSend:
-    """ASGI middleware, the outermost: streams send their many events past the others, which look at the start alone."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
-        scope[_DIRECT_SEND] = send
-        await self._app(scope, receive, send)

@@ -12,7 +12,7 @@ from hornbeam.core.errors import BadRequest
 from hornbeam.core.request import LogprobOptions, TokenLogprobs
 from hornbeam.engine.stream import Delta, GenerationRequest, InFlight, Stream, siblings
 from hornbeam.serve import schemas
-from hornbeam.serve.answers import EventStream, read_json, respond
+from hornbeam.serve.answers import read_json, respond
 from hornbeam.serve.app import EVENTS, JSON, Route
 from hornbeam.serve.fields import renaming
 from hornbeam.serve.openai import Heading, OpenAiCall, finish_fields, read_call, read_request, usage
@@ -57,12 +57,7 @@ class _Completions:
         with renaming(_NAMES):
             stream = await frontend.submit(call.requests)
         answer = CompletionAnswer(call, stream, frontend.tokenizer)
-        if call.stream:
-            return EventStream(answer.chunks(), stream.close)
-        try:
-            return await respond(request, answer.whole())
-        finally:
-            stream.close()
+        return await respond(request, answer.chunks() if call.stream else answer.whole(), stream.close)
 
 
 def parse_completion(body: Any, serving: Serving) -> CompletionCall:

@@ -9,7 +9,7 @@ from hornbeam.core.errors import Overloaded
 from hornbeam.core.request import SamplingParams
 from hornbeam.engine.stream import GenerationRequest
 from hornbeam.serve import schemas
-from hornbeam.serve.answers import EventStream, json_response, read_json, respond
+from hornbeam.serve.answers import json_response, read_json, respond
 from hornbeam.serve.app import EVENTS, JSON, Route
 from hornbeam.serve.generate import Answers, parse_generate
 from hornbeam.serve.serving import WEIGHT_VERSION, Serving
@@ -53,12 +53,7 @@ class _Native:
         call = parse_generate(await read_json(request), options.stream_interval)
         stream = await self._frontend.submit(call.requests)
         answers = Answers(call, stream, options.incremental_streaming, self._frontend.tokenizer)
-        if call.stream:
-            return EventStream(answers.chunks(), stream.close)
-        try:
-            return await respond(request, answers.whole())
-        finally:
-            stream.close()
+        return await respond(request, answers.chunks() if call.stream else answers.whole(), stream.close)
 
     async def health(self, request: Request) -> Response:
         """200 if requests can be served; answered at once, without asking the engine."""

@@ -12,7 +12,7 @@ from hornbeam.core.errors import BadRequest
 from hornbeam.core.request import LogprobOptions, TokenLogprobs
 from hornbeam.engine.stream import Delta, GenerationRequest, Stream, siblings
 from hornbeam.serve import schemas
-from hornbeam.serve.answers import EventStream, read_json, respond
+from hornbeam.serve.answers import read_json, respond
 from hornbeam.serve.app import EVENTS, JSON, Route
 from hornbeam.serve.fields import OPENAI_NAMES, read_num_siblings, read_sampling, read_text_options, renaming
 from hornbeam.serve.serving import WEIGHT_VERSION, Serving
@@ -64,12 +64,7 @@ class _OpenAi:
         with renaming({"text": "messages"}):
             stream = await frontend.submit(call.requests)
         answer = ChatAnswer(call, stream, frontend.tokenizer)
-        if call.stream:
-            return EventStream(answer.chunks(), stream.close)
-        try:
-            return await respond(request, answer.completion())
-        finally:
-            stream.close()
+        return await respond(request, answer.chunks() if call.stream else answer.completion(), stream.close)
 
 
 def parse_chat(body: Any, serving: Serving) -> OpenAiCall:

@@ -1,18 +1,47 @@
-"""The API's document (OpenAPI 3.1), made from the table of routes and the tables of fields that check requests."""
+"""The API's document (OpenAPI 3.1), made from the table of routes and the tables of fields that check requests; and a
+page that shows it."""
 
 import inspect
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
 from hornbeam import __version__
 from hornbeam.serve import schemas
-from hornbeam.serve.app import EVENTS, JSON, TEXT, Route
+from hornbeam.serve.answers import json_response
+from hornbeam.serve.app import EVENTS, HTML, JSON, TEXT, Route
 from hornbeam.serve.fields import Schema
 
 _EVERYWHERE = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.INTERNAL_SERVER_ERROR)
 _WITH_BODY = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.SERVICE_UNAVAILABLE)
 _BODYLESS = ("GET", "HEAD")
+_SWAGGER = "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5"  # fetched by the reader's browser
+_PAGE = f"""<!doctype html>
+<title>Hornbeam</title>
+<link rel="stylesheet" href="{_SWAGGER}/swagger-ui.css">
+<div id="page"></div>
+<script src="{_SWAGGER}/swagger-ui-bundle.js"></script>
+<script>SwaggerUIBundle({{url: "openapi.json", dom_id: "#page"}})</script>
+"""
+
+
+def document_routes(routes: Iterable[Route]) -> tuple[Route, ...]:
+    """The table of paths that tell of `routes`."""
+    description = document(routes)
+
+    async def tell(request: Request) -> Response:
+        return json_response(description)
+
+    async def show(request: Request) -> Response:
+        return HTMLResponse(_PAGE)
+
+    return (
+        Route(path="/openapi.json", methods=("GET",), handler=tell),
+        Route(path="/docs", methods=("GET",), handler=show, media=(HTML,)),
+    )
 
 
 def document(routes: Iterable[Route]) -> dict[str, Any]:

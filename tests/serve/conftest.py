@@ -17,7 +17,7 @@ from hornbeam.config.flags import check_flags
 from hornbeam.config.resolve import resolve_serve
 from hornbeam.engine.transport import ThreadEngine
 from hornbeam.serve import serving
-from hornbeam.serve.routes import create_metrics, create_server_app
+from hornbeam.serve.routes import create_metrics, create_server_app, server_routes
 from hornbeam.serve.serving import Serving, engine_flags
 
 
@@ -45,8 +45,7 @@ class Server:
 
     async def _run(self) -> None:
         app = create_server_app(self.serving, self._metrics)
-        own = ("/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc")
-        self.paths = {route.path for route in app.routes} - set(own)
+        self.paths = {route.path for route in server_routes(self.serving, self._metrics)}
         self._server = uvicorn.Server(
             uvicorn.Config(app, lifespan="off", log_config=None, http="httptools", timeout_graceful_shutdown=1)
         )
