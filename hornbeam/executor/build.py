@@ -48,6 +48,7 @@ _HOST_SHARE = 0.9  # of a step's time: if launching takes less of it, the step w
 _MOST_SEARCHED = 512  # rows of steps with prompts: the library chooses well for more, but for those of whole chunks
 _REHEARSED = (1, 2, 16, 64)  # batch sizes that together launch all kernels of decode steps, with the largest one
 _REHEARSED_FP8 = (24, 32, 56, 112, 120)  # and these those of products whose weights are eight-bit floats
+_PAGE_TABLE_UNIT = 16  # what the width of page tables is a multiple of: ops are probed, so compiled, with such a one
 _NO_MEMORY = "can't allocate memory"  # how torch says so for CPUs, where the type of the error does not tell
 
 
@@ -114,7 +115,7 @@ def _make_executor(
 ) -> tuple[Executor, Runner, SlotState]:
     """Without a cache yet."""
     num_slots, page_size = options.scheduler.max_running_requests, options.cache.page_size
-    max_pages = -(-options.model.context_len // page_size)
+    max_pages = -(-options.model.context_len // (page_size * _PAGE_TABLE_UNIT)) * _PAGE_TABLE_UNIT
     sampler = Sampler(num_slots, config.vocab_size, kernels.sample, platform.device)
     parts = sampler, kernels.layout, platform.device, options.executor.graph_batch_sizes
     state = SlotState(num_slots, len(specs), max_pages, page_size, *parts)

@@ -26,7 +26,7 @@ from hornbeam.ops.qkv.contract import HeadNorms, Qkv, Rotation
 from hornbeam.ops.query import OpQuery
 from hornbeam.ops.sample.contract import Limits, Sample
 
-_MAX_PAGES = 16  # of the page table: kernels are compiled for strides of it that 16 divides, as real ones mostly are
+_MAX_PAGES = 16  # of the page table: kernels are compiled for strides of it that 16 divides, as it divides real ones
 
 
 class Probes:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_checkpoints import FLAGS, PARAMS, PROMPTS, greedy_tokens, save_random
+from gpu_checkpoints import FLAGS, KINDS, PARAMS, PROMPTS, greedy_tokens, save_random
 from torch import Tensor
 
 pytestmark = [
@@ -74,23 +74,37 @@ def test_compiled_steps_change_no_token(wide_checkpoint, wide_reference):
     assert greedy_tokens(wide_checkpoint, dtype="float32", **flags) == wide_reference
 
 
-def test_nothing_is_compiled_in_service(wide_checkpoint, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flags", [{}, {"disable_prefill_cuda_graph": True}], ids=str)
+def test_nothing_is_compiled_in_service(tmp_path, monkeypatch, kind, flags):
     """Prompts and batches of even and odd sizes, alone and mixed, with shared prefixes: a stall for all who stream."""
     from hornbeam import Engine
     from hornbeam.ops.attention.triton import TritonAttentionBackend
 
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(TritonAttentionBackend, "least_shared", 256)
+    flags = {**FLAGS, "max_total_tokens": 16384, "context_length": 3000, "chunked_prefill_size": 1100, **flags}
+    long = [i % 290 + 5 for i in range(2500)]
     compiled = []
-    with Engine(model_path=str(wide_checkpoint), dtype="bfloat16", **{**FLAGS, "chunked_prefill_size": 600}) as engine:
+    with Engine(model_path=str(save_random(tmp_path, kind)), dtype="bfloat16", **flags) as engine:
         monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **facts: compiled.append(name_of(facts)))
         for num_prompts in (1, 2, 3, 5, 8):
             for length in (1, 2, 7, 16, 33, 130):
                 prompts = [[i + 1, *[7] * (length - 1 + i % 2)] for i in range(num_prompts)]
                 engine.generate(input_ids=prompts, sampling_params={**PARAMS, "max_new_tokens": 4})
         for prompts in (SHARED, SHARED[:5], [*SHARED[:3], *PROMPTS]):
-            for params in (PARAMS, {**PARAMS, "temperature": 0.8, "top_p": 0.9, "top_k": 20}):
-                engine.generate(input_ids=prompts, sampling_params=params)
+            for asked in (
+                {},
+                {"temperature": 0.8, "top_p": 0.9, "top_k": 20},
+                {"min_p": 0.1, "frequency_penalty": 0.5},
+            ):
+                engine.generate(input_ids=prompts, sampling_params=PARAMS | asked)
+            engine.generate(input_ids=prompts, sampling_params=PARAMS, return_logprob=True, top_logprobs_num=2)
+        for num_streams in (1, 2, 7):  # beside chunks of a long prompt, then short chunks behind many keys
+            for prompts in ([long], [[*long[:2400], i] for i in range(8)], [[*long, i] for i in range(40)]):
+                streams = [[i + 1, 5] for i in range(num_streams)]
+                engine.generate(input_ids=[*streams, *prompts], sampling_params=PARAMS)
+            assert engine.flush_cache()
     assert not compiled
 
 

@@ -197,12 +197,8 @@ class TritonAttention:
     def _plan_row(self, rows: Rows) -> Attend:
         """One row with one query, which needs no lists."""
         shape = self._shape
-        most_keys = shape.max_pages * shape.page_size if shape.window is None else shape.window
-        num_splits = min(
-            _MAX_SPLITS,
-            next_power_of_2(cdiv(_PROGRAMS, shape.num_kv_heads)),
-            next_power_of_2(cdiv(most_keys, BLOCK_KEYS)),
-        )
+        # However many keys there can be: a probe with few must have the same kernels compiled.
+        num_splits = min(_MAX_SPLITS, next_power_of_2(cdiv(_PROGRAMS, shape.num_kv_heads)))
         attend = attend_tiles(shape, rows, self._row_tile, 1, num_splits)
         if shape.head_dim < 2 * _DECODE_BLOCK:
             return attend

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from hornbeam.ops.linear.contract import SCALE_BLOCK
 from hornbeam.ops.linear.fp8_rounding import round_rows
 from hornbeam.ops.moe.contract import Experts, ExpertsShape, ExpertWeights, GatedUnit
 from hornbeam.ops.moe.tiles import TableKey, Tile, Tiles, TileTable, load_table
-from hornbeam.ops.moe.triton_order import Order, order_by_expert
+from hornbeam.ops.moe.triton_order import VARIED_PAIRS, Order, order_by_expert
 from hornbeam.ops.moe.triton_rows import run_few_tokens
 from hornbeam.ops.moe.triton_unit import gated
 from hornbeam.ops.query import OpQuery
@@ -200,14 +200,20 @@ class TritonExperts:
         untried, self._table.untried = self._table.untried, []
         stream = torch.cuda.current_stream(x.device)  # where x is made; threads have streams of their own
 
-        def run(tiles: Tiles) -> None:
+        num_experts, top_k = self._shape.num_experts, ids.shape[1]
+        jobs: list[Callable[[], object]] = [
+            partial(self.run, x[:1], weights[:1], ids[:1], experts, tiles) for tiles in untried
+        ]
+        for num_pairs in VARIED_PAIRS:
+            several = ids.new_zeros(num_pairs // top_k, top_k)
+            jobs += [partial(order_by_expert, several, num_experts, size) for size in {t.block_m for t in untried}]
+
+        def run(job: Callable[[], object]) -> None:
             with torch.cuda.stream(stream):
-                self.run(x[:1], weights[:1], ids[:1], experts, tiles)
+                job()
 
         with ThreadPoolExecutor(initializer=torch.cuda.synchronize) as pool:  # makes a context current
-            list(pool.map(run, untried))
-        for block_m in {tiles.block_m for tiles in untried}:
-            order_by_expert(ids, self._shape.num_experts, block_m)  # of many tokens, another kernel
+            list(pool.map(run, jobs))
 
     def run(
         self,

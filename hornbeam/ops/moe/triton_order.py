@@ -14,6 +14,7 @@ from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2
 
 _CHUNK = 2048  # pairs that a program looks at together
 _SMALL_CHUNK = 256  # if there are no more
+VARIED_PAIRS = (_SMALL_CHUNK, _CHUNK, 2 * _CHUNK)  # about so many pairs each launch other variants of the kernels
 _SEGMENTS = 8  # in which more pairs than that are taken
 
 
