@@ -100,7 +100,7 @@ def _ragged_kernel(
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _merge_kernel(
     out_ptr, lse_ptr, other_ptr, other_lse_ptr, num_rows, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
