@@ -12,7 +12,6 @@ from hornbeam.core.registry import Registry
 from hornbeam.ops.attention.contract import Attention, AttentionBackend, AttentionShape
 from hornbeam.ops.linear.contract import InputNorm
 from hornbeam.ops.mla.contract import LATENT_ATTENTION, LATENT_ROWS, LatentRows
-from hornbeam.ops.mla.reference import ReferenceLatentAttention, ReferenceRagged
 from hornbeam.ops.qkv.contract import Rotation
 from hornbeam.ops.query import OpQuery
 from hornbeam.ops.rope.frequencies import rope_table
@@ -123,13 +122,16 @@ def test_a_captured_decode_follows_the_tensors(device):
     check_captured(latent_case(shape, [40, 90, 700], [1] * 3, captured=True), make("triton", shape, 8))
 
 
-@pytest.mark.parametrize("form", ["absorbed", "expanded", "in small chunks", "cheapest"])
+@pytest.mark.parametrize(
+    "form", ["absorbed", "expanded", "in small chunks", "some absorbed", "half absorbed", "cheapest"]
+)
 @pytest.mark.parametrize(("num_heads", "sizes"), SHAPES)
 def test_prefill_after_cached_prefixes(name, device, dtype, num_heads, sizes, form, monkeypatch):
     """Rows without a prefix stand between those with one."""
     small_enough(device, num_heads, sizes)
     if form != "cheapest":
-        monkeypatch.setattr(prefill, "absorbing_pays", lambda *_: form == "absorbed")
+        rows = {"absorbed": range(6), "some absorbed": (1, 3, 5), "half absorbed": (0, 1, 2)}.get(form, ())
+        monkeypatch.setattr(prefill, "rows_to_absorb", lambda *_: list(rows))
     if form == "in small chunks":
         monkeypatch.setattr(prefill, "_CHUNK_BYTES", 50 * num_heads * shape_bytes(sizes, dtype))
     shape = latent_shape(device, dtype, num_heads, sizes, 64)
@@ -145,23 +147,17 @@ def shape_bytes(sizes, dtype):
 
 @pytest.mark.cpu
 def test_what_is_cheaper():
-    pays = prefill.absorbing_pays
-    assert not pays(LITE, 16, 2, [4096], [0])
-    assert not pays(LITE, 16, 2, [2048], [2048])
-    assert pays(LITE, 16, 2, [64] * 100, [2048] * 100)
-    assert not pays(LITE, 128, 2, [8192], [100_000])
-    assert pays(LITE, 128, 2, [16], [100_000])
+    def rows(sizes, *lens, most=None):
+        return prefill.rows_to_absorb(sizes, 2, *lens, most)
 
-
-@pytest.mark.cpu
-def test_steps_too_large_for_an_absorbed_plan_are_expanded(monkeypatch):
-    monkeypatch.setattr(prefill, "absorbing_pays", lambda *_: True)
-    shape = latent_shape(torch.device("cpu"), torch.float32, 4, TINY)
-    rows = latent_case(shape, [20, 30], [3, 2]).rows
-    absorbed = ReferenceLatentAttention(shape).plan_decode
-    for most, fits in ((4, False), (5, True), (None, True)):
-        planned = prefill.LatentPrefill(shape, ReferenceRagged(shape.scale), absorbed, most).plan(rows)
-        assert planned.absorbed == fits
+    assert rows(LITE, [4096], [0]) == []
+    assert rows(LITE, [2048], [2048]) == []
+    assert rows(LITE, [64] * 100, [2048] * 100) == list(range(100))
+    assert rows(LITE, [64] * 100, [2048] * 100, most=180) == [0, 1]
+    assert rows(LITE, [2112, 64, 64], [0, 2048, 2048]) == [1, 2]
+    assert rows(LITE, [10, 64, 64], [0, 2048, 2048]) == [0, 1, 2]
+    assert rows(LITE, [8192], [100_000]) == []
+    assert rows(LITE, [16], [100_000]) == [0]
 
 
 @pytest.mark.cpu
