@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import itertools
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Annotated, Protocol
 
@@ -128,7 +128,7 @@ class Frontend:
         facts = self.facts
         prompts = [await self._prompt_ids(request, facts) for request in requests]
         self.check_open()  # again: tokenizing may have taken its time
-        rids = [request.rid if request.rid is not None else uuid.uuid4().hex for request in requests]
+        rids = [request.rid if request.rid is not None else secrets.token_hex(16) for request in requests]
         self._refuse_duplicates(rids)
         stream = Stream(self._abort)
         submitted = []
@@ -197,9 +197,9 @@ class Frontend:
         return known_ids(ids, field, facts.vocab_size)
 
     def _refuse_duplicates(self, rids: Sequence[str]) -> None:
-        seen = set(self._rids)
+        seen: set[str] = set()
         for rid in rids:
-            if rid in seen:
+            if rid in seen or rid in self._rids:
                 raise BadRequest(f"a request with id {rid!r} is in flight already; ids must be unique", "rid")
             seen.add(rid)
 
@@ -292,6 +292,8 @@ class Frontend:
 def known_ids(ids: Sequence[int], field: str, vocab_size: int) -> tuple[int, ...]:
     """The same ids; raises BadRequest if one is no integer, or does not exist. In one pass without a call for each:
     prompts are long."""
+    if not ids:
+        return ()
     try:
         return msgspec.convert(ids, _ids_below(vocab_size))
     except msgspec.ValidationError:

@@ -115,7 +115,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> Delta:
-        if self._num_read == len(self.requests):
+        if self._num_read >= len(self.requests):
             raise StopAsyncIteration
         while not self._news:
             self._reader = asyncio.get_running_loop().create_future()
@@ -135,7 +135,10 @@ class Stream:
 
     def close(self) -> None:
         """The reader leaves: abort what still runs. Does nothing the second time, or when all is finished."""
-        self._abort([request for request in self.requests if not request.done])
+        running = [request for request in self.requests if not request.done]
+        self.requests.clear()  # they know this stream; without a cycle it is gone when it is done, not when garbage is
+        self._news.clear()
+        self._abort(running)
 
 
 @dataclass(slots=True, kw_only=True, eq=False, weakref_slot=True)
