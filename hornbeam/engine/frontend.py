@@ -35,7 +35,7 @@ class Observer(Protocol):
     """Somebody who keeps account of what passes."""
 
     def heard(self, entry: InFlight, output: RequestOutput) -> None:
-        """News of a request has come."""
+        """News of a request has come, and the request has taken it: `entry.done` may be the work of a stop string."""
 
     def left(self, entries: Sequence[InFlight]) -> None:
         """The reader of these has gone before their ends."""
@@ -256,8 +256,6 @@ class Frontend:
         entry = self._in_flight.get(output.rid)
         if entry is None:
             return  # its reader has left, or a stop string has ended it
-        if self._observer is not None:
-            self._observer.heard(entry, output)
         try:
             keep_tokens = entry.push(output)
         except Exception as error:  # a fault in making text must not take the other requests with it
@@ -265,6 +263,8 @@ class Frontend:
             self._abort([entry])
             entry.fail(HornbeamError(f"internal error: {type(error).__name__}: {error}"))
             return
+        if self._observer is not None:
+            self._observer.heard(entry, output)
         if keep_tokens is not None:
             self._engine.send(Abort(entry.key, keep_tokens=keep_tokens))
         if entry.done:

@@ -70,7 +70,7 @@ class Metrics:
         )
 
     def heard(self, entry: InFlight, output: RequestOutput) -> None:
-        """News of a request has come."""
+        """News of a request has come, and the request has taken it."""
         now = time.monotonic()
         before = self._heard.get(entry)
         num_new = len(output.token_ids)
@@ -82,14 +82,14 @@ class Metrics:
                 for _ in range(num_new):
                     self._next_token.observe((now - before) / num_new)
             self._heard[entry] = now
-        if output.finish is not None:
+        if entry.done:
             self._requests.inc()
             self._request.observe(now - entry.arrived)
             self._prompt_tokens.inc(output.num_prompt)
             self._cached_tokens.inc(output.num_cached)
             self._prompt_lens.observe(output.num_prompt)
             self._output_lens.observe(output.num_generated)
-            if output.finish.type == "abort":
+            if output.finish is not None and output.finish.type == "abort":
                 self._aborted.inc()
 
     def left(self, entries: Sequence[InFlight]) -> None:

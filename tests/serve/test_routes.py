@@ -100,19 +100,24 @@ def test_metrics(start):
     limit = {"max_new_tokens": 5, "ignore_eos": True}
     for _ in range(2):
         server.http.post("/generate", json={"text": "abcdefgh", "sampling_params": limit}, headers=auth)
+    stopped = {"text": "y", "sampling_params": {**limit, "max_new_tokens": 50, "stop_regex": "."}}
+    answer = server.http.post("/generate", json=stopped, headers=auth).json()
+    assert answer["meta_info"]["finish_reason"]["type"] == "stop"
     lines = server.http.get("/metrics").text.splitlines()
     numbers = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
     model = '{model_name="fake"}'
-    assert numbers[f"sglang:num_requests_total{model}"] == 2
-    assert numbers[f"sglang:prompt_tokens_total{model}"] == 16
+    assert numbers[f"sglang:num_requests_total{model}"] == 3
+    assert numbers[f"sglang:num_aborted_requests_total{model}"] == 0
+    assert numbers[f"sglang:prompt_tokens_total{model}"] == 17
     assert numbers[f"sglang:cached_tokens_total{model}"] == 4
-    assert numbers[f"sglang:generation_tokens_total{model}"] == 10
-    assert numbers[f"sglang:time_to_first_token_seconds_count{model}"] == 2
-    assert numbers[f"sglang:inter_token_latency_seconds_count{model}"] == 8
+    num_generated = numbers[f"sglang:generation_tokens_total{model}"]
+    assert num_generated >= 10 + answer["meta_info"]["completion_tokens"]  # and what came until the engine knew
+    assert numbers[f"sglang:time_to_first_token_seconds_count{model}"] == 3
+    assert numbers[f"sglang:inter_token_latency_seconds_count{model}"] == num_generated - 3
     assert numbers[f"sglang:num_running_reqs{model}"] == 0
     assert numbers[f"sglang:num_queue_reqs{model}"] == 0
     assert numbers[f"sglang:max_total_num_tokens{model}"] == 2000
-    assert numbers['sglang:http_responses_total{endpoint="/generate",method="POST",status_code="200"}'] == 2
+    assert numbers['sglang:http_responses_total{endpoint="/generate",method="POST",status_code="200"}'] == 3
     assert "/metrics" not in set(start().paths)
 
 
