@@ -72,9 +72,7 @@ class Linear(nn.Module):
 
     def gate(self, x: Tensor, fwd: Forward) -> Tensor | None:
         """silu(first half) * second half of the outputs, [T, N / 2], where that is one kernel; None elsewhere."""
-        if not isinstance(self._encoding, Plain) or fwd.adapters is not None or not self.fuses(x.shape[0], gated=True):
-            return None
-        return self._encoding.gate(x)
+        return self._encoding.gate(x) if isinstance(self._encoding, Plain) and fwd.adapters is None else None
 
     def normed(self, x: Tensor, residual: Tensor | None, norm: InputNorm, *, gated: bool) -> tuple[Tensor, Tensor]:
         """See `LinearProduct.normed`."""

@@ -57,11 +57,14 @@ def normed_gated(
     factor: float = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """factor * a gated layer of norm(x + residual), and x + residual, or what `Linear.added` makes of them."""
-    if _fuse(gate_up, x, fwd, gated=True):
-        inner, residual = gate_up.normed(x, residual, norm.as_input(), gated=True)
-        return down.added(inner, residual, fwd, factor=factor)
-    inner, residual = normed_linear(norm, gate_up, x, residual, fwd)
-    return down.added(inner, residual, fwd, gated=True, factor=factor)
+    gated = _fuse(gate_up, x, fwd, gated=True)
+    if gated or _fuse(gate_up, x, fwd, gated=False):
+        inner, residual = gate_up.normed(x, residual, norm.as_input(), gated=gated)
+    else:
+        normed, residual = norm(x, residual), x if residual is None else residual
+        product = gate_up.gate(normed, fwd)
+        gated, inner = product is not None, gate_up(normed, fwd) if product is None else product
+    return down.added(inner, residual, fwd, gated=not gated, factor=factor)
 
 
 def _fuse(linear: Linear, x: Tensor, fwd: Forward, *, gated: bool) -> bool:

@@ -39,9 +39,11 @@ class Probes:
         self._zeros = partial(torch.zeros, dtype=getattr(torch, query.dtype), device=self._device)
 
     def activation(self, backend: Activation) -> None:
-        """One token, each way."""
+        """One token, each way; of dense models the product of a long prompt, with few features."""
         backend.silu_mul(self._zeros(1, 2 * self._size))
         backend.gelu_tanh_mul(self._zeros(1, 2 * self._size))
+        if self._query.mixture is None and not self._query.fp8:
+            backend.silu_mul_product(self._zeros(8192, 64), self._zeros(6 * self._query.hidden_size, 64))
         self._wait()
 
     def decode_attention(self, backend: AttentionBackend) -> None:

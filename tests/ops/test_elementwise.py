@@ -19,6 +19,36 @@ def test_gated_activations(device, dtype, size, name):
     assert_close(getattr(BACKEND, name)(x), getattr(ReferenceActivation(), name)(x))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_rows", "num_in", "num_out"), [(1, 64, 8), (130, 72, 272), (3000, 1024, 1416)])
+def test_gates_inside_a_product(half, num_rows, num_in, num_out):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for Hopper alone")
+    from hornbeam.ops.activation.gluon_gate import multiply_gated
+
+    x = torch.randn(num_rows, num_in, device="cuda").to(half)
+    weight = (torch.randn(2 * num_out, num_in, device="cuda") * num_in**-0.5).to(half)
+    expected = ReferenceActivation().silu_mul(x @ weight.T)
+    torch.testing.assert_close(multiply_gated(x, weight), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_long_prompts_alone_have_gates_inside_their_product(caplog):
+    from hornbeam.ops.activation.triton import BACKEND
+
+    x, weight = torch.randn(4096, 64, device="cuda").half(), torch.randn(16384, 64, device="cuda").half() / 8
+    out = BACKEND.silu_mul_product(x, weight)
+    if torch.cuda.get_device_capability()[0] == 9 and not caplog.records:
+        torch.testing.assert_close(out, BACKEND.silu_mul(x @ weight.T), rtol=2e-2, atol=2e-2)
+    else:
+        assert out is None
+    assert BACKEND.silu_mul_product(x[:64], weight) is None
+    assert BACKEND.silu_mul_product(x.float(), weight.float()) is None
+
+
 SHAPES = [(9, 3, 64, 64), (4, 4, 24, 24), (8, 1, 128, 128), (2, 2, 32, 8), (20, 10, 16, None)]
 
 

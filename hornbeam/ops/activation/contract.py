@@ -17,6 +17,9 @@ class Activation(Protocol):
     def silu_mul(self, x: Tensor) -> Tensor:
         """silu(x[:, :I]) * x[:, I:], of [T, 2I] -> [T, I]."""
 
+    def silu_mul_product(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """`silu_mul` of x W^T, of [T, K] and [2I, K] -> [T, I], where one kernel for both is faster; None elsewhere."""
+
     def gelu_tanh_mul(self, x: Tensor) -> Tensor:
         """The same with GELU (Hendrycks and Gimpel, 2016) in its approximation by tanh."""
 

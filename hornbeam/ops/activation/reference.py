@@ -18,6 +18,10 @@ class ReferenceActivation:
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
 
+    def silu_mul_product(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """See `Activation`."""
+        return None
+
     def gelu_tanh_mul(self, x: Tensor) -> Tensor:
         """See `Activation`."""
         gate, up = x.chunk(2, -1)

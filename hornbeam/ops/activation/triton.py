@@ -1,15 +1,21 @@
 """Gated activations as one kernel: a program per token and stretch of features."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hornbeam.ops.activation.reference import ReferenceActivation
 from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import Kernel, cdiv, early_launch
 from hornbeam.ops.query import OpQuery
+from hornbeam.ops.trial import on_hopper, serves
 
 _BLOCK = 1024
+_LEAST_OUTPUTS = 50 * 2**20  # for gates inside a product: with fewer, its last tiles leave too much of the device idle
 
 
 @Kernel
@@ -46,6 +52,14 @@ class TritonActivation:
         """See `Activation`."""
         return _gated(x, gelu=False)
 
+    def silu_mul_product(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """See `Activation`."""
+        aligned = weight.shape[0] % 16 == weight.shape[1] % 8 == 0
+        if x.shape[0] * weight.shape[0] < _LEAST_OUTPUTS or not aligned:
+            return None
+        multiply = _product(x.dtype, x.device)
+        return None if multiply is None else multiply(x, weight)
+
     def gelu_tanh_mul(self, x: Tensor) -> Tensor:
         """See `Activation`."""
         return _gated(x, gelu=True)
@@ -58,6 +72,25 @@ def _gated(x: Tensor, *, gelu: bool) -> Tensor:
     grid = (num_tokens, cdiv(size, _BLOCK))
     _gated_kernel[grid](x, out, SIZE=size, BLOCK=_BLOCK, GELU=gelu, **early_launch(x.device))
     return out
+
+
+@cache
+def _product(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """`multiply_gated` where it serves."""
+    if not on_hopper(dtype, device):
+        return None
+
+    def trial() -> tuple[Tensor, Tensor]:
+        from hornbeam.ops.activation.gluon_gate import multiply_gated
+
+        x, weight = (torch.rand(size, 256, device=device).to(dtype) - 0.5 for size in (200, 288))
+        return multiply_gated(x, weight), ReferenceActivation().silu_mul(x @ weight.T)
+
+    if not serves("gates of long prompts", "products and gates are apart", trial):
+        return None
+    from hornbeam.ops.activation.gluon_gate import multiply_gated
+
+    return multiply_gated
 
 
 BACKEND = TritonActivation()

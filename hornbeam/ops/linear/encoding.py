@@ -54,9 +54,11 @@ class Plain:
         """See `Encoding`."""
         return self.product.normed(x, residual, norm, self.weight, self.bias, gated=gated)
 
-    def gate(self, x: Tensor) -> Tensor:
-        """silu(first half) * second half of `linear` [T, N / 2], for numbers of rows that fuse."""
-        return self.product.normed(x, None, None, self.weight, self.bias, gated=True)[0]
+    def gate(self, x: Tensor) -> Tensor | None:
+        """silu(first half) * second half of `linear` [T, N / 2], where that is one kernel; None elsewhere."""
+        if self.fuses(x.shape[0], gated=True):
+            return self.product.normed(x, None, None, self.weight, self.bias, gated=True)[0]
+        return self.activation.silu_mul_product(x, self.weight) if self.bias is None else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,16 +1,17 @@
 """The second product of experts for many tokens on Hopper: one warp fetches, two groups of four multiply.
 
 Each group has half of a block's rows and all columns of a tile, so that both multiply with the same weights; while one
-stores, the other goes on, and the next tile is under way already. A half without any pair is left out. Written in
-Gluon, a part of Triton that may change: whoever uses this tries it first.
+stores, the other goes on, and the next tile is under way already. A half without any pair is left out. Whoever uses
+this tries it first, see `ops/trial.py`.
 """
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hornbeam.ops.gluon_stages import LAYOUT, make_barriers, multiply_stages
 from hornbeam.ops.launch import num_multiprocessors
 from hornbeam.ops.moe.triton_order import Order
 
@@ -19,7 +20,6 @@ _HALF_M = 64
 _BLOCK_N = 256
 _BLOCK_K = 64
 _STAGES = 4
-_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
 @gluon.jit
@@ -78,7 +78,6 @@ def _multiply(
 ):
     """One half of the rows of tile after tile."""
     HALF_N: gl.constexpr = BLOCK_N // 2
-    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     num_columns = gl.cdiv(N, BLOCK_N)
@@ -88,17 +87,7 @@ def _multiply(
         block, column = number // num_columns, number % num_columns
         first = (2 * block + HALF) * HALF_M
         if gl.load(order_ptr + first) < num_pairs:
-            total = gl.zeros((HALF_M, BLOCK_N), gl.float32, products)
-            for begin in range(0, K, BLOCK_K):
-                stage = step % STAGES
-                mbarrier.wait(full.index(stage), step // STAGES & 1)
-                weight = weights.index(stage).permute((1, 0))
-                total = warpgroup_mma(inputs.index(2 * stage + HALF), weight, total, is_async=True)
-                total = warpgroup_mma_wait(1, deps=(total,))  # the one before is done
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=begin > 0)
-                step += 1
-            total = warpgroup_mma_wait(0, deps=(total,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            total, step = multiply_stages(inputs, weights, full, empty, step, K, HALF, 2, STAGES)
             pairs = gl.load(order_ptr + first + gl.arange(0, HALF_M, gl.SliceLayout(1, stored)))[:, None]
             columns = (column * BLOCK_N + gl.arange(0, HALF_N, gl.SliceLayout(0, stored)))[None, :]
             out = out_ptr + pairs.to(gl.int64) * N + columns
@@ -133,11 +122,7 @@ def _down_kernel(
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     inputs = gl.allocate_shared_memory(dtype, [2 * STAGES, HALF_M, BLOCK_K], x.layout)
     weights = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], weight.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    full, empty = make_barriers(STAGES, 2)
     gl.warp_specialize(
         [
             (_multiply, (out_ptr, order_ptr, num_rows_ptr, num_pairs, inputs, weights, full, empty, N, K,
@@ -157,8 +142,8 @@ def multiply_down(x: Tensor, weights: Tensor, out: Tensor, order: Order) -> None
     assert order.block_m == BLOCK_M
     num_out, num_in = weights.shape[1:]
     _down_kernel[(num_multiprocessors(out.device),)](
-        TensorDescriptor.from_tensor(x, [_HALF_M, _BLOCK_K], _LAYOUT),
-        TensorDescriptor.from_tensor(weights.view(-1, num_in), [_BLOCK_N, _BLOCK_K], _LAYOUT),
+        TensorDescriptor.from_tensor(x, [_HALF_M, _BLOCK_K], LAYOUT),
+        TensorDescriptor.from_tensor(weights.view(-1, num_in), [_BLOCK_N, _BLOCK_K], LAYOUT),
         out,
         order.pairs,
         order.experts,

@@ -5,7 +5,6 @@ tokens, so that the kernels can run inside a graph: the order has room for the w
 actual end return at once. Nothing depends on the order in which programs run.
 """
 
-import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,8 +27,7 @@ from hornbeam.ops.moe.triton_order import VARIED_PAIRS, Order, order_by_expert
 from hornbeam.ops.moe.triton_rows import run_few_tokens
 from hornbeam.ops.moe.triton_unit import gated
 from hornbeam.ops.query import OpQuery
-
-logger = logging.getLogger(__name__)
+from hornbeam.ops.trial import on_hopper, serves
 
 _FEW_TOKENS = 4  # so many are taken pair by pair
 _MANY_ROWS = 128  # blocks of so many have a kernel of their own
@@ -318,30 +316,27 @@ def multiply_pairs(
 
 @cache
 def _down_of_many(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Order], None] | None:
-    """`multiply_down` where it runs and is right, which a trial finds out: it depends on Triton's version."""
-    halves = (torch.float16, torch.bfloat16)
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9 or dtype not in halves:
+    """`multiply_down` where it serves."""
+    if not on_hopper(dtype, device):
         return None
-    block, size = _MANY_ROWS, 128
-    x, weights = torch.rand(2 * block, size, device=device), torch.rand(2, block, size, device=device)
-    x, weights = x.to(dtype), weights.to(dtype)
-    out = x.new_zeros(block + 1, block)
-    places = torch.arange(2 * block, dtype=torch.int32, device=device)
-    experts = places[:2].clone()
-    rows = places[-1:] + 1
-    order = Order(
-        pairs=places.clamp(max=block + 1), experts=experts, num_rows=rows, block_m=block, num_pairs=block + 1, top_k=1
-    )
-    try:
+
+    def trial() -> tuple[Tensor, Tensor]:
         from hornbeam.ops.moe.gluon_down import multiply_down
 
+        block, size = _MANY_ROWS, 128
+        x, weights = torch.rand(2 * block, size, device=device), torch.rand(2, block, size, device=device)
+        x, weights = x.to(dtype), weights.to(dtype)
+        out = x.new_zeros(block + 1, block)
+        places = torch.arange(2 * block, dtype=torch.int32, device=device)
+        pairs, experts, rows = places.clamp(max=block + 1), places[:2].clone(), places[-1:] + 1
+        order = Order(pairs=pairs, experts=experts, num_rows=rows, block_m=block, num_pairs=block + 1, top_k=1)
         multiply_down(x, weights, out, order)
-        expected = torch.cat((x[:block] @ weights[0].T, x[block : block + 1] @ weights[1].T))
-        torch.testing.assert_close(out, expected, atol=0.1, rtol=0.02)
-    except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        logger.warning("the kernel in Gluon for experts of many tokens is left out (%s): Triton's serves", reason)
+        return out, torch.cat((x[:block] @ weights[0].T, x[block : block + 1] @ weights[1].T))
+
+    if not serves("experts of many tokens", "Triton's serves", trial):
         return None
+    from hornbeam.ops.moe.gluon_down import multiply_down
+
     return multiply_down
 
 
