@@ -1,7 +1,8 @@
 """Compiling ahead: Triton's kernels side by side, before anything waits for one of them.
 
 A launch compiles its kernel and waits, so that a model's first step takes as long as all its kernels together. Most of
-a compiler's time is spent without Python's lock: threads are enough.
+a compiler's time is spent without Python's lock: threads are enough. But for the rest of it they take turns, so that
+of many at once all take long, and whatever else runs in Python.
 """
 
 import threading
@@ -15,11 +16,12 @@ import torch
 
 T = TypeVar("T")
 
+_AT_ONCE = 8  # of the kernels that one has asked for; those of others want to be compiled, too
 _HOOK = threading.Lock()  # for whoever has the one that Triton offers
 
 
-def side_by_side(jobs: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
-    """What the jobs return: in threads on a GPU, where most of their time goes to compilers.
+def side_by_side(jobs: Sequence[Callable[[], T]], device: torch.device, at_once: int | None = None) -> list[T]:
+    """What the jobs return: in threads on a GPU, where most of their time goes to compilers. at_once: None for all.
 
     Raises:
         Exception: what the first job in order to fail raises.
@@ -27,12 +29,12 @@ def side_by_side(jobs: Sequence[Callable[[], T]], device: torch.device) -> list[
     if device.type != "cuda":
         return [job() for job in jobs]
     torch.cuda.synchronize()  # sets the device up, once; in a thread, that makes its context current
-    _identify_compiler()
-    with ThreadPoolExecutor(max(len(jobs), 1), initializer=torch.cuda.synchronize) as pool:
+    identify_compiler()
+    with ThreadPoolExecutor(at_once or max(len(jobs), 1), initializer=torch.cuda.synchronize) as pool:
         return [future.result() for future in [pool.submit(job) for job in jobs]]
 
 
-def _identify_compiler() -> None:
+def identify_compiler() -> None:
     """Let Triton hash itself, once: threads that ask for it at the same time would all read its 400 MB."""
     try:
         from triton.runtime.cache import triton_key
@@ -96,7 +98,7 @@ class WithheldLaunches:
 
     def compile(self) -> None:
         """All of them side by side; launches then find them."""
-        side_by_side(list(self._loads.values()), self._device)
+        side_by_side(list(self._loads.values()), self._device, _AT_ONCE)
 
 
 def _load(function: Any, specialization: str) -> None:

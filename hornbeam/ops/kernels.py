@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -10,7 +12,7 @@ import torch
 
 from hornbeam.core.registry import Registry
 from hornbeam.ops.activation.contract import ACTIVATION, Activation
-from hornbeam.ops.ahead import side_by_side
+from hornbeam.ops.ahead import identify_compiler, side_by_side
 from hornbeam.ops.attention.contract import DECODE_ATTENTION, PREFILL_ATTENTION, AttentionBackend
 from hornbeam.ops.layout.contract import LAYOUT, Layout
 from hornbeam.ops.linear.contract import FP8_LINEAR, LINEAR, Fp8Product, LinearProduct
@@ -78,9 +80,18 @@ def choose_kernels(
         "layout": partial(_choose, LAYOUT, query, probes.layout),
         "routing": partial(_choose, ROUTING, query, probes.routing) if query.mixture else _nothing,
     }
+    if query.device == "cuda":
+        _import_library(LATENT_ATTENTION if latent else PREFILL_ATTENTION, prefill_attention)
     found = dict(zip(jobs, side_by_side(list(jobs.values()), torch.device(query.device)), strict=True))
     decode = found["decode_attention"]
     return Kernels(**{"prefill_attention": decode, "single_attention": decode} | found)
+
+
+def _import_library(registry: Registry[OpQuery, Any], wanted: str) -> None:
+    """What takes longest to be imported, while Triton hashes itself: beside compilers it would take four times that."""
+    with ThreadPoolExecutor(1) as pool, suppress(Exception):  # whoever chooses meets with the same
+        pool.submit(identify_compiler)
+        registry.load(registry.names()[0] if wanted == "auto" else wanted)
 
 
 def _nothing() -> None:

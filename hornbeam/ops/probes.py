@@ -4,7 +4,7 @@ A probe runs its op on zeros, in the ways and with the sizes of the model for wh
 what the backend raises. Results are not compared: that is what tests are for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -54,14 +54,7 @@ class Probes:
         if backend.least_shared is not None and query.window is None and query.soft_cap is None:
             steps.append(replace(pair, shared=(SharedPrefix(rows=(0, 1), num_tokens=query.page_size),)))
         attends = side_by_side([partial(self._planned, backend, rows, prefill=False) for rows in steps], self._device)
-        launches = WithheldLaunches(self._device)
-        with launches.withhold():  # those that do run follow what is planned, whatever others have not written
-            for attend in attends:
-                attend()
-        launches.compile()
-        for attend in attends:
-            attend()
-        self._wait()
+        self._run(attends)
 
     def prefill_attention(self, backend: AttentionBackend) -> None:
         """A row with two queries, which see few keys and many."""
@@ -182,26 +175,22 @@ class Probes:
 
     def linear(self, backend: LinearProduct) -> None:
         """One row and two."""
-        for num_rows in (1, 2):
-            backend.linear(self._zeros(num_rows, self._size), self._zeros(16, self._size), None)
-        self._wait()
+        weight = self._zeros(16, self._size)
+        self._run([partial(backend.linear, self._zeros(num_rows, self._size), weight, None) for num_rows in (1, 2)])
 
     def fp8_linear(self, backend: Fp8Product) -> None:
         """One row and two."""
         values, scales = self._blocks(SCALE_BLOCK, self._size)
         weight = Fp8Weight(values=values, scales=scales, power_of_two=False)
-        for num_rows in (1, 2):
-            backend.linear(self._zeros(num_rows, self._size), weight, None)
-        self._wait()
+        self._run([partial(backend.linear, self._zeros(num_rows, self._size), weight, None) for num_rows in (1, 2)])
 
     def norm(self, backend: Norm) -> None:
         """One token, with and without a residual, whole and in parts."""
         size = self._query.hidden_size or self._size
         x, weight = self._zeros(1, size), self._zeros(size)
-        backend.rms_norm(x, weight, 1e-6)
-        for added in (x, *(x.float().repeat(num_parts, 1, 1) for num_parts in PART_COUNTS)):
-            backend.add_rms_norm(added, self._zeros(1, size), weight, 1e-6)
-        self._wait()
+        added = x, *(x.float().repeat(num_parts, 1, 1) for num_parts in PART_COUNTS)
+        adds = [partial(backend.add_rms_norm, part, self._zeros(1, size), weight, 1e-6) for part in added]
+        self._run([partial(backend.rms_norm, x, weight, 1e-6), *adds])
 
     def qkv(self, backend: Qkv) -> None:
         """One token, normalised and rotated."""
@@ -218,19 +207,25 @@ class Probes:
         """One row, with everything that requests may ask for, and with nothing."""
         size, ones, zeros = self._query.vocab_size, torch.ones(1, device=self._device), self._integers(1)
         logits, counts = self._zeros(1, size), self._integers(1, size, dtype=torch.int32)
-
-        def draw(logits: Tensor, limits: Limits | None) -> None:
-            backend.sample(logits, zeros, zeros.int(), ones, zeros, self._integers(1), limits)
-            self._wait()
-
         limits = Limits(top_ks=zeros + 1, top_ps=ones / 2, min_ps=ones / 2)
         uses: list[Callable[[], object]] = [
-            lambda: backend.penalize(logits, zeros, counts, ones, ones, ones),
-            lambda: backend.logprobs(logits, self._integers(1, 1), 1),
+            partial(backend.penalize, logits, zeros, counts, ones, ones, ones),
+            partial(backend.logprobs, logits, self._integers(1, 1), 1),
         ]
+        of_rows = zeros, zeros.int(), ones, zeros, self._integers(1)
         for scores in (logits, logits.float()):  # penalties and biases make them float32
-            uses += [partial(draw, scores, None), partial(draw, scores, limits)]
-        side_by_side(uses, self._device)
+            uses += [partial(backend.sample, scores, *of_rows, asked) for asked in (None, limits)]
+        self._run(uses)
+
+    def _run(self, uses: Sequence[Callable[[], object]]) -> None:
+        """What `uses` launch is compiled side by side first. None of their kernels goes where another's values say."""
+        launches = WithheldLaunches(self._device)
+        with launches.withhold():
+            for use in uses:
+                use()
+        launches.compile()
+        for use in uses:
+            use()
         self._wait()
 
     def _blocks(self, *shape: int) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def ask(function: Function, key: str) -> bool:
 
 
 def test_kernels_are_compiled_once_each_when_all_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "side_by_side", lambda jobs, device: [job() for job in jobs])
+    monkeypatch.setattr(ahead, "side_by_side", lambda jobs, device, at_once: [job() for job in jobs])
     function, launches = Function(), WithheldLaunches(GPU)
     for keys in ("aab", "bc"):
         with launches.withhold():

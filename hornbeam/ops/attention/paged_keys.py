@@ -10,8 +10,9 @@ from hornbeam.ops.attention.contract import AttentionShape
 from hornbeam.ops.launch import shared_memory
 
 BLOCK_KEYS = 64
-_MOST_PAGES: tl.constexpr = tl.constexpr(8)  # of a block, to be loaded one by one
 _RESERVED_BYTES = 1024  # of each program's shared memory, by the system
+# For kernels. Functions that they share have their own: were it theirs, too, Triton's name of a kernel on disk would
+# depend on which kernel was compiled first in the process.
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -30,9 +31,10 @@ def num_stages(shape: AttentionShape) -> int:
 @triton.jit
 def to_base_2(scores, scale, SOFT_CAP: tl.constexpr):
     """Dot products of queries and keys as scores whose exponentials are powers of two. SOFT_CAP: 0 for none."""
+    log2_e: tl.constexpr = 1.4426950408889634
     if SOFT_CAP != 0.0:  # tanh(x) = 2 sigmoid(2 x) - 1
-        return (2 * tl.sigmoid(scores * (2 * scale / SOFT_CAP)) - 1) * (SOFT_CAP * LOG2_E)
-    return scores * (scale * LOG2_E)
+        return (2 * tl.sigmoid(scores * (2 * scale / SOFT_CAP)) - 1) * (SOFT_CAP * log2_e)
+    return scores * (scale * log2_e)
 
 
 @triton.jit
@@ -46,7 +48,8 @@ def _rows(
     offsets = tl.arange(0, BLOCK_KEYS)
     keys = block + offsets
     PIECE: tl.constexpr = min(PAGE_SIZE, BLOCK_KEYS)
-    if PAGE_SIZE % PIECE + BLOCK_KEYS % PIECE > 0 or BLOCK_KEYS // PIECE > _MOST_PAGES:
+    MOST_PAGES: tl.constexpr = 8  # to be loaded one by one
+    if PAGE_SIZE % PIECE + BLOCK_KEYS % PIECE > 0 or BLOCK_KEYS // PIECE > MOST_PAGES:
         pages = tl.load(table + keys // PAGE_SIZE, mask=keys < stop, other=0).to(tl.int64)
         return (pages * PAGE_SIZE + keys % PAGE_SIZE) * ROW
     rows = tl.zeros([BLOCK_KEYS], tl.int64)
@@ -88,6 +91,7 @@ def attend_keys(
     CAUSAL: a query at one of `positions` [N] sees no keys behind it, nor those before its WINDOW (0: none); else all
     see all.
     """
+    log2_e: tl.constexpr = 1.4426950408889634
     dims = tl.arange(0, HEAD_DIM)
     offsets = tl.arange(0, BLOCK_KEYS)
     k_head, v_head = k_ptr + kv_head * HEAD_DIM, v_ptr + kv_head * HEAD_DIM
@@ -107,7 +111,7 @@ def attend_keys(
                 k = tl.load(k_head + rows[None, :] + dims[:, None])
                 v = tl.load(v_head + rows[:, None] + dims[None, :])
             scores = tl.dot(q, k, input_precision="ieee")
-            factor = scale * LOG2_E
+            factor = scale * log2_e
             if SOFT_CAP != 0.0:
                 scores = to_base_2(scores, scale, SOFT_CAP)
                 factor = 1.0
