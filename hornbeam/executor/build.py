@@ -48,6 +48,7 @@ _HOST_SHARE = 0.9  # of a step's time: if launching takes less of it, the step w
 _MOST_SEARCHED = 512  # rows of steps with prompts: the library chooses well for more, but for those of whole chunks
 _REHEARSED = (1, 2, 16, 64)  # batch sizes that together launch all kernels of decode steps, with the largest one
 _REHEARSED_FP8 = (24, 32, 56, 112, 120)  # and these those of products whose weights are eight-bit floats
+_SHORT_PROMPT = 64  # tokens: some products of so few are others than those of many
 _PAGE_TABLE_UNIT = 16  # what the width of page tables is a multiple of: ops are probed, so compiled, with such a one
 _NO_MEMORY = "can't allocate memory"  # how torch says so for CPUs, where the type of the error does not tell
 
@@ -136,10 +137,12 @@ def _as_wanted(config: ModelConfig, options: ModelOptions) -> ModelConfig:
 
 
 def _warm_up(executor: Executor, padding_slot: int, num_tokens: int) -> None:
-    """Run a prompt of `num_tokens`, then a decode step, on the padding slot: kernels get compiled, memory taken."""
-    prompt = Chunk(slot=padding_slot, start=0, token_ids=(0,) * num_tokens, samples=True)
-    executor.launch(StepPlan(step_id=0, chunks=(prompt,))).result()
-    executor.launch(StepPlan(step_id=1, decode=(padding_slot,), decode_lens=(1,))).result()
+    """Run a prompt of `num_tokens`, a short one and a decode step on the padding slot: kernels get compiled, memory
+    taken."""
+    for step_id, length in enumerate((num_tokens, min(num_tokens, _SHORT_PROMPT))):
+        prompt = Chunk(slot=padding_slot, start=0, token_ids=(0,) * length, samples=True)
+        executor.launch(StepPlan(step_id=step_id, chunks=(prompt,))).result()
+    executor.launch(StepPlan(step_id=2, decode=(padding_slot,), decode_lens=(1,))).result()
 
 
 def _records(kernels: Kernels) -> bool:

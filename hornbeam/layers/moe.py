@@ -133,7 +133,7 @@ class WideGate(nn.Module):
         self._product = context.kernels.linear
 
     def forward(self, x: Tensor, fwd: Forward) -> Tensor:
-        """[T, H] -> [T, E] float32."""
+        """[T, H] -> [T, E] float32, or in parts: see `LinearProduct.wide`."""
         return self._product.wide(x, self.weight if self._narrow is None else self._narrow)
 
     def refresh_derived(self) -> None:
@@ -160,20 +160,18 @@ class MoE(nn.Module):
         unit: GatedUnit | None = None,
         bias: bool = False,
         corrected: bool = False,
-        wide_gate: bool = False,
         shared: SharedExpert | None = None,
     ) -> None:
         """`bias` gives one to the gate and to both products of the experts; unit None: SwiGLU.
 
         corrected: the choice of experts, not their weights, follows scores to which `correction` is added.
-        wide_gate: see `WideGate`; without a bias.
         """
         super().__init__()
         assert context.kernels.routing is not None
         self.gate = (
-            WideGate(hidden_size, mixture.num_experts, context)
-            if wide_gate
-            else Linear(hidden_size, (mixture.num_experts,), context, bias=bias, split="none", quantized=False)
+            Linear(hidden_size, (mixture.num_experts,), context, bias=True, split="none", quantized=False)
+            if bias
+            else WideGate(hidden_size, mixture.num_experts, context)
         )
         self.experts = RoutedExperts(hidden_size, mixture, unit or GatedUnit(), context, bias=bias)
         self.correction = empty_parameter((mixture.num_experts,), context, torch.float32) if corrected else None

@@ -30,14 +30,18 @@ def test_linear(device, dtype, num_rows, num_in, num_out, bias):
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 70])
+@pytest.mark.parametrize("num_in", [200, 1024, 3072, 4096])  # all but the first are cut into stretches
 @pytest.mark.parametrize("narrow", [False, True])
-def test_wide(device, dtype, num_rows, narrow):
+def test_wide(device, dtype, num_rows, num_in, narrow):
     """Weights of float32 keep digits that half precision has not, and so do all results."""
     from hornbeam.ops.linear.triton import BACKEND
 
-    x = torch.randn(num_rows, 200, device=device).to(dtype)
-    weight = (torch.randn(70, 200, device=device) / 15).to(dtype if narrow else torch.float32)
+    if device.type == "cpu" and dtype == torch.bfloat16 and num_rows > 1 and narrow:
+        pytest.skip("Triton's interpreter cannot multiply bfloat16 matrices")
+    x = torch.randn(num_rows, num_in, device=device).to(dtype)
+    weight = (torch.randn(70, num_in, device=device) / 15).to(dtype if narrow else torch.float32)
     out = BACKEND.wide(x, weight)
+    out = out.sum(0) if out.ndim == 3 else out
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, (x.double() @ weight.double().T).float(), rtol=1e-5, atol=1e-5)
 

@@ -65,6 +65,9 @@ def test_the_kernel_routes_as_the_reference(device, dtype, rule, extras):
     torch.testing.assert_close(weights, expected_weights)
     assert ids.equal(expected_ids)
     assert [len(part) for part in BACKEND.route(logits[:0], rule)] == [0, 0]
+    parts = torch.stack((logits.float() / 4, logits.float() * 3 / 4))  # exact in binary
+    for backend in (BACKEND, ROUTING):
+        torch.testing.assert_close(backend.route(parts, rule), BACKEND.route(logits.float(), rule))
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

@@ -49,6 +49,4 @@ def _feed_forward(config: "DeepseekConfig", is_sparse: bool, context: BuildConte
     shared = None
     if config.shared_size:
         shared = SharedExpert(config.hidden_size, config.shared_size, context, gated=False)
-    return MoE(
-        config.hidden_size, config.mixture, rule, context, corrected=gate.corrected, wide_gate=True, shared=shared
-    )
+    return MoE(config.hidden_size, config.mixture, rule, context, corrected=gate.corrected, shared=shared)

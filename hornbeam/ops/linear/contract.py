@@ -33,7 +33,10 @@ class LinearProduct(Protocol):
         """x [T, K], weight [N, K], bias [N] -> x W^T + b, [T, N]."""
 
     def wide(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, K], weight [N, K] in the same dtype or in float32 -> x W^T, [T, N] float32: no digits are lost."""
+        """x [T, K], weight [N, K] in the same dtype or in float32 -> x W^T, [T, N] float32: no digits are lost.
+
+        Or its sums over stretches of the inputs, [parts, T, N] float32, for who takes it to add up.
+        """
 
     def added(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """x W^T + b, and the residual [T, N] that is still to be added to it.

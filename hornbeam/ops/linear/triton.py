@@ -19,6 +19,7 @@ from hornbeam.ops.device import needs_cuda
 from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2
 from hornbeam.ops.linear.algorithms import LibraryProducts
 from hornbeam.ops.linear.contract import InputNorm
+from hornbeam.ops.linear.triton_split import split_product, splits
 from hornbeam.ops.query import OpQuery
 
 logger = logging.getLogger(__name__)
@@ -228,6 +229,8 @@ class TritonLinear:
         """See `LinearProduct`."""
         if x.shape[0] == 1:
             return _single_row(x, None, None, weight, None, gated=False, dtype=torch.float32)[0]
+        if x.dtype == weight.dtype and splits(*x.shape):
+            return split_product(x, weight)
         if x.is_cuda and x.dtype == weight.dtype:
             return torch.mm(x, weight.T, out_dtype=torch.float32)
         return F.linear(x.float(), weight.float())

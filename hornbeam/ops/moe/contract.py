@@ -47,6 +47,7 @@ class Routing(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Logits [T, E] -> weights [T, k] float32 and expert ids [T, k] int32, best first; computed in float32.
 
+        The logits may also be [parts, T, E] float32: their sum over the parts.
         correction: [E] float32, added to the scores for the choice, not in the weights.
         expert_map: [E] int32, the id to return for each expert, -1: none here; None: its own.
         padding: [T] bool, tokens whose ids are all -1.

@@ -27,7 +27,7 @@ class ReferenceRouting:
         padding: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Routing`."""
-        wide = logits.float()
+        wide = logits.float() if logits.ndim == 2 else logits.sum(0)
         scores = wide.softmax(-1) if rule.scores == "softmax" else wide.sigmoid()
         choice = scores if correction is None else scores + correction
         if rule.num_groups > 1:

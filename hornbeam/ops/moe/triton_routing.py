@@ -48,7 +48,9 @@ def _route_kernel(
     weights_ptr,
     ids_ptr,
     stride,
+    part_stride,
     factor,
+    PARTS: tl.constexpr,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -72,7 +74,9 @@ def _route_kernel(
     token = tl.program_id(0).to(tl.int64)
     experts = tl.arange(0, EXPERT_BLOCK)
     inside = experts < EXPERTS
-    logits = tl.load(logits_ptr + token * stride + experts, mask=inside, other=float("-inf")).to(tl.float32)
+    parts = tl.arange(0, PARTS)[:, None] * part_stride + experts[None, :]
+    logits = tl.load(logits_ptr + token * stride + parts, mask=inside[None, :], other=float("-inf"))
+    logits = tl.sum(logits.to(tl.float32), 0)
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logits))
     else:
@@ -123,8 +127,9 @@ class TritonRouting:
         padding: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Routing`."""
-        assert logits.stride(1) == 1, "a token's logits must be adjacent"
-        num_tokens, num_experts = logits.shape
+        assert logits.stride(-1) == 1, "a token's logits must be adjacent"
+        parts = logits if logits.ndim == 3 else logits[None]
+        _, num_tokens, num_experts = parts.shape
         weights = torch.empty((num_tokens, rule.top_k), dtype=torch.float32, device=logits.device)
         ids = torch.empty((num_tokens, rule.top_k), dtype=torch.int32, device=logits.device)
         if num_tokens == 0:
@@ -137,8 +142,10 @@ class TritonRouting:
             ids if padding is None else padding,
             weights,
             ids,
-            logits.stride(0),
+            parts.stride(1),
+            parts.stride(0),
             rule.factor,
+            PARTS=len(parts),
             EXPERTS=num_experts,
             TOP_K=rule.top_k,
             SIGMOID=rule.scores == "sigmoid",
