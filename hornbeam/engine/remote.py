@@ -85,10 +85,8 @@ class ProcessEngine:
             self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _read(
-        self, events: "zmq.Socket[bytes]", on_event: Callable[[Event], None], on_end: Callable[[str], None]
-    ) -> None:
-        """Take all that is there: the file descriptor tells of it once."""
+    def _read(self, events: Any, on_event: Callable[[Event], None], on_end: Callable[[str], None]) -> None:
+        """Take all that is there, since the file descriptor tells of it once; from a socket."""
         try:
             with contextlib.suppress(zmq.Again):
                 while True:

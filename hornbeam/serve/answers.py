@@ -122,15 +122,8 @@ async def _cancel_at_departure(receive: Receive, task: asyncio.Task[Any]) -> Non
 async def respond(
     request: Request, answer: AsyncIterator[Any] | Coroutine[Any, Any, Any], close: Callable[[], None]
 ) -> Response:
-    """The response of JSON values as they come, or of one.
-
-    Args:
-        answer: is cancelled when the client goes away.
-        close: called when it is over, however it ends.
-
-    Raises:
-        ClientGone: it did.
-    """
+    """The response of JSON values as they come, or of one. `close` is called when it is over, however it ends; when the
+    client goes away, `answer` is cancelled, and ClientGone raised."""
     if isinstance(answer, AsyncIterator):
         return EventStream(answer, close)
     try:
@@ -145,11 +138,8 @@ def gone_response() -> Response:
 
 
 class EventStream(Response):
-    """Server-sent events, ended by `[DONE]`.
-
-    The first event is awaited before the status line is sent, so an error until then is raised. A later one becomes an
-    event. `events` and `close` are as in `respond`.
-    """
+    """Server-sent events, ended by `[DONE]`; see `respond`. The first event is awaited before the status line is sent:
+    an error until then is raised. A later one becomes an event."""
 
     def __init__(self, events: AsyncIterator[Any], close: Callable[[], None]) -> None:
         self.raw_headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]

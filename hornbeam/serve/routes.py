@@ -6,7 +6,7 @@ from starlette.types import ASGIApp
 
 from hornbeam.config.components import ServeOptions
 from hornbeam.serve.admin import admin_routes
-from hornbeam.serve.app import HttpApp, Route
+from hornbeam.serve.app import Route, create_app
 from hornbeam.serve.completions import completion_routes
 from hornbeam.serve.loads import load_routes
 from hornbeam.serve.models import model_routes
@@ -32,12 +32,12 @@ def create_metrics(options: ServeOptions) -> "Metrics | None":
 def server_routes(serving: Serving, metrics: "Metrics | None" = None) -> tuple[Route, ...]:
     """All that have to do with `serving`; and with `metrics`, if there are any."""
     routes: tuple[Route, ...] = (
-        *native_routes(serving),
+        *native_routes(serving),  # the busiest ones first: they are looked through in order
+        *openai_routes(serving),
+        *completion_routes(serving),
         *admin_routes(serving),
         *load_routes(serving),
         *model_routes(serving),
-        *openai_routes(serving),
-        *completion_routes(serving),
         *token_routes(serving),
     )
     if metrics is not None:
@@ -50,7 +50,7 @@ def server_routes(serving: Serving, metrics: "Metrics | None" = None) -> tuple[R
 def create_server_app(serving: Serving, metrics: "Metrics | None" = None) -> ASGIApp:
     """The application that serves `serving`, and its document; requests are counted in `metrics`, if there are any."""
     routes = server_routes(serving, metrics)
-    app = HttpApp((*routes, *document_routes(routes)), serving.options.api_key, serving.options.admin_api_key)
+    app = create_app((*routes, *document_routes(routes)), serving.options.api_key, serving.options.admin_api_key)
     if metrics is None:
         return app
     from hornbeam.serve.metrics import HttpMetrics
