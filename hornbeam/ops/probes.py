@@ -40,10 +40,14 @@ class Probes:
 
     def activation(self, backend: Activation) -> None:
         """One token, each way; of dense models the product of a long prompt, with few features."""
-        backend.silu_mul(self._zeros(1, 2 * self._size))
-        backend.gelu_tanh_mul(self._zeros(1, 2 * self._size))
+        x = self._zeros(1, 2 * self._size)
+        uses: list[Callable[[], object]] = [
+            partial(self._run, [partial(backend.silu_mul, x), partial(backend.gelu_tanh_mul, x)])
+        ]
         if self._query.mixture is None and not self._query.fp8:
-            backend.silu_mul_product(self._zeros(8192, 64), self._zeros(6 * self._query.hidden_size, 64))
+            prompt, weight = self._zeros(8192, 64), self._zeros(6 * self._query.hidden_size, 64)
+            uses.append(partial(backend.silu_mul_product, prompt, weight))
+        side_by_side(uses, self._device)
         self._wait()
 
     def decode_attention(self, backend: AttentionBackend) -> None:
