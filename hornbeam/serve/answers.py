@@ -1,7 +1,5 @@
-"""What every HTTP API here shares: JSON bodies in, JSON or server-sent events out, errors in one shape.
-
-An error's body carries both forms that clients look for: flat fields and a nested `error`.
-"""
+"""What every HTTP API here shares: JSON bodies in, JSON or server-sent events out; errors in one shape, which carries
+both forms that clients look for: flat fields and a nested `error`."""
 
 import asyncio
 import contextlib
@@ -11,7 +9,7 @@ from typing import Any, TypeVar
 import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hornbeam.core.errors import BadRequest, HornbeamError
 
@@ -26,7 +24,7 @@ _ERROR_TYPES = {
     503: "ServiceUnavailableError",
 }
 MAX_BODY_BYTES = 64 * 2**20
-_CLIENT_CLOSED_REQUEST = 499  # for logs; nobody receives it
+_DIRECT_SEND = "hornbeam.send"  # of a scope: the server's own `send`
 
 
 class ClientGone(Exception):
@@ -94,11 +92,8 @@ async def _read_body(request: Request) -> bytes:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away. The body must have been read.
-
-    Raises:
-        ClientGone: it did, before the result was there.
-    """
+    """The result of `work`; when the client, whose body must have been read, goes away, that is cancelled, and
+    ClientGone raised."""
     task = asyncio.current_task()
     assert task is not None, "a coroutine runs in a task"
     departure = asyncio.create_task(_cancel_at_departure(receive, task))
@@ -132,11 +127,6 @@ async def respond(
         close()
 
 
-def gone_response() -> Response:
-    """To a client that has gone away."""
-    return Response(status_code=_CLIENT_CLOSED_REQUEST)
-
-
 class EventStream(Response):
     """Server-sent events, ended by `[DONE]`; see `respond`. The first event is awaited before the status line is sent:
     an error until then is raised. A later one becomes an event."""
@@ -150,13 +140,13 @@ class EventStream(Response):
         """Send everything, as an ASGI application. Raises what the first event raises."""
         try:
             with contextlib.suppress(ClientGone):
-                await while_connected(receive, self._send(send))
+                await while_connected(receive, self._send(send, scope[_DIRECT_SEND]))
         finally:
             self._close()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, start: Send, send: Send) -> None:
         event = await anext(self._events)
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await start({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             await send(_frame(orjson.dumps(event)))
             async for event in self._events:
@@ -168,3 +158,15 @@ class EventStream(Response):
 
 def _frame(data: bytes) -> dict[str, Any]:
     return {"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True}
+
+
+class DirectSend:
+    """ASGI middleware, the outermost: streams send their many events past the others, which look at the start alone."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        scope[_DIRECT_SEND] = send
+        await self._app(scope, receive, send)

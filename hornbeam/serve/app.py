@@ -14,10 +14,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hornbeam.core.errors import HornbeamError
-from hornbeam.serve.answers import ClientGone, error_body, error_response, gone_response, json_response
+from hornbeam.serve.answers import ClientGone, DirectSend, error_body, error_response, json_response
 from hornbeam.serve.fields import Api, Schema
 
 JSON, EVENTS, TEXT, HTML = "application/json", "text/event-stream", "text/plain", "text/html"
+_CLIENT_CLOSED_REQUEST = 499  # for logs; nobody receives it
 _OPEN_PREFIXES = ("/health", "/metrics")  # for probes, whatever keys there are
 
 
@@ -40,7 +41,10 @@ class Route:
 def create_app(routes: Iterable[Route], api_key: str | None = None, admin_api_key: str | None = None) -> Starlette:
     """An application that serves `routes`, guarded by the keys that are given."""
     routes = tuple(routes)
-    middleware = [Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])]
+    middleware = [
+        Middleware(DirectSend),
+        Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]),
+    ]
     if api_key is not None or admin_api_key is not None:
         admin_paths = frozenset(route.path for route in routes if route.admin)
         keys = {"api_key": api_key, "admin_api_key": admin_api_key}
@@ -99,7 +103,7 @@ async def _on_hornbeam_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_departure(request: Request, error: Exception) -> Response:
-    return gone_response()
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
