@@ -17,6 +17,7 @@ from hornbeam.core.plan import SharedPrefix
 from hornbeam.ops.activation.contract import Activation
 from hornbeam.ops.ahead import WithheldLaunches, side_by_side
 from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape, LatentAttend, Rows
+from hornbeam.ops.launch import num_multiprocessors
 from hornbeam.ops.layout.contract import Layout, PlannedTokens, SlotTables, StepTokens
 from hornbeam.ops.linear.contract import SCALE_BLOCK, Fp8Product, Fp8Weight, InputNorm, LinearProduct
 from hornbeam.ops.mla.contract import LatentRows
@@ -57,19 +58,23 @@ class Probes:
         steps = [row, pair]
         if backend.least_shared is not None and query.window is None and query.soft_cap is None:
             steps.append(replace(pair, shared=(SharedPrefix(rows=(0, 1), num_tokens=query.page_size),)))
-        attends = side_by_side([partial(self._planned, backend, rows, prefill=False) for rows in steps], self._device)
-        self._run(attends)
+        self._attention(backend, steps, prefill=False)
 
     def prefill_attention(self, backend: AttentionBackend) -> None:
-        """A row with two queries, which see few keys and many."""
-        for length in (2, _MAX_PAGES * self._query.page_size):
-            self._planned(backend, self._attention_rows(2, length), prefill=True)()
-        self._wait()
+        """A row with two queries, which see few keys and many, and so many such rows that no one's keys are split."""
+        many = _MAX_PAGES * self._query.page_size
+        shapes = (2, 1), (many, 1), (many, num_multiprocessors(self._device) + 1)
+        steps = [self._attention_rows(2, length, num_rows=num_rows) for length, num_rows in shapes]
+        self._attention(backend, steps, prefill=True)
+
+    def _attention(self, backend: AttentionBackend, steps: list[Rows], *, prefill: bool) -> None:
+        plans = [partial(self._planned, backend, rows, prefill=prefill) for rows in steps]
+        self._run(side_by_side(plans, self._device))
 
     def _planned(self, backend: AttentionBackend, rows: Rows, *, prefill: bool) -> Callable[[], object]:
         """Attention over zeros."""
         query = self._query
-        attention, pages = backend.create(self._attention_shape(), max_rows=2), self._pages()
+        attention, pages = backend.create(self._attention_shape(), max_rows=max(2, len(rows.query_lens))), self._pages()
         attend = (attention.plan_prefill if prefill else attention.plan_decode)(rows)
         assert not isinstance(attend, LatentAttend)
         sinks = self._zeros(query.num_heads) if query.sinks else None

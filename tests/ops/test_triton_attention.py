@@ -100,6 +100,14 @@ def test_prefill_after_a_cached_prefix(device, dtype, heads):
     check(case, create(case.shape, 8).plan_prefill(case.rows))
 
 
+@pytest.mark.parametrize("num_processors", [1, 1000])
+def test_keys_are_split_where_few_tiles_would_leave_processors_idle(device, num_processors):
+    from hornbeam.ops.attention.triton import TiledPrefill
+
+    case = make_case(make_shape(device, torch.float32, 4, 2, 16), [300, 40], [10, 25])
+    check(case, TiledPrefill(case.shape, num_processors).plan(case.rows))
+
+
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_recorded_prefill_follows_new_plans(device, window):
     """Rows among empty ones: the same `attend` for as many queries in all, whosoever they are."""

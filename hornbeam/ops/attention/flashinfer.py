@@ -63,7 +63,7 @@ class FlashInferAttention:
         self._short: BatchPrefillWithPagedKVCacheWrapper | None = None  # for chunks that fill no tile
         if fa3:
             self._short = BatchPrefillWithPagedKVCacheWrapper(self._scratch, "NHD", backend="fa2")
-        self._short_behind_many = TiledPrefill(shape)
+        self._short_behind_many = TiledPrefill(shape, num_processors)
         self._prompts = BatchPrefillWithRaggedKVCacheWrapper(self._scratch, "NHD", backend=backend)
         self._captured_prefills: dict[int, tuple[BatchPrefillWithPagedKVCacheWrapper, Attend]] = {}  # by queries
         self._captured_scratch = self._scratch

@@ -1,9 +1,9 @@
 """Paged attention in Triton: prefill, and what `balanced` (decode of several rows) and `triton_row` (of one) leave.
 
 The work is cut into tiles: some consecutive queries of a row, with all query heads that share a key-value head. Where
-one row decodes, and in recorded prefill, a tile's keys are split over several programs, so that a few long rows fill
-the device; a second kernel merges the parts by their log-sum-exps. The grid depends on the numbers of rows and queries,
-never on lengths, so it can be captured.
+one row decodes, in recorded prefill and in that of few tiles, a tile's keys are split over several programs, so that a
+few long rows fill the device; a second kernel merges the parts by their log-sum-exps. The grid depends on the numbers
+of rows and queries, never on lengths, so it can be captured.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _DECODE_BLOCK = 16  # packed queries of a single row: the least that the matrix 
 _MAX_SPLITS = 32  # of its keys
 _PROGRAMS = 512  # enough to fill a large device
 _PREFILL_BLOCK = 64  # packed queries of a prefill tile: queries times the heads of a group
-_PREFILL_SPLITS = 4  # of a recorded prefill: one number for all, so that the kernel is compiled once
+_PREFILL_SPLITS = 4  # where keys of prefill are split: one number for all, so that the kernel is compiled once
 
 
 # Slots come out of an upload at any offset: specialised on alignment, the kernel would be compiled twice.
@@ -148,8 +148,9 @@ def _merge_kernel(parts_ptr, lse_ptr, out_ptr, HEAD_DIM: tl.constexpr, NUM_SPLIT
 class TiledPrefill:
     """Prefill of one lane."""
 
-    def __init__(self, shape: AttentionShape) -> None:
+    def __init__(self, shape: AttentionShape, num_processors: int) -> None:
         self._shape = shape
+        self._num_processors = num_processors
         # By queries and the address of their rows' slots: the tiles' buffer, and its reader.
         self._recorded: dict[tuple[int, int], tuple[Tensor, Attend]] = {}
 
@@ -159,7 +160,9 @@ class TiledPrefill:
         tile_len = max(_PREFILL_BLOCK, next_power_of_2(group)) // group
         listed = tiles(rows.query_lens, tile_len)
         if not rows.captured:
-            return attend_tiles(self._shape, rows, _upload(listed, self._shape.device), tile_len, num_splits=1)
+            fills = len(listed) * self._shape.num_kv_heads > self._num_processors
+            num_splits = 1 if fills else _PREFILL_SPLITS
+            return attend_tiles(self._shape, rows, _upload(listed, self._shape.device), tile_len, num_splits)
         num_queries = sum(rows.query_lens)
         key = num_queries, rows.slots.data_ptr()
         if key not in self._recorded:
@@ -177,8 +180,9 @@ class TritonAttention:
 
     def __init__(self, shape: AttentionShape, max_rows: int) -> None:
         self._shape = shape
-        self._decode = BalancedDecode(shape, max_rows, num_multiprocessors(shape.device))
-        self._prefill = TiledPrefill(shape)
+        num_processors = num_multiprocessors(shape.device)
+        self._decode = BalancedDecode(shape, max_rows, num_processors)
+        self._prefill = TiledPrefill(shape, num_processors)
         self._row_tile = _upload(tiles((1,), 1), shape.device)
         self._captured_rows: dict[int, Attend] = {}  # single rows, by the address of their slots
 
