@@ -88,12 +88,6 @@ def early_launch(device: torch.device) -> dict[str, Any]:
 
 
 @cache
-def num_multiprocessors(device: torch.device) -> int:
-    """Of a CUDA device; of another, 1."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of a CUDA device's multiprocessor; of another, and where torch does not tell (before 2.7), 0."""
     if device.type != "cuda":

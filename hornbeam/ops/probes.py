@@ -17,7 +17,7 @@ from hornbeam.core.plan import SharedPrefix
 from hornbeam.ops.activation.contract import Activation
 from hornbeam.ops.ahead import WithheldLaunches, side_by_side
 from hornbeam.ops.attention.contract import AttentionBackend, AttentionShape, LatentAttend, Rows
-from hornbeam.ops.launch import num_multiprocessors
+from hornbeam.ops.device import num_multiprocessors
 from hornbeam.ops.layout.contract import Layout, PlannedTokens, SlotTables, StepTokens
 from hornbeam.ops.linear.contract import SCALE_BLOCK, Fp8Product, Fp8Weight, InputNorm, LinearProduct
 from hornbeam.ops.mla.contract import LatentRows

@@ -1,6 +1,8 @@
 """A broken backend is skipped with its reason, and the reference answers."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,12 @@ def reason(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 def probe_name(registry: Registry) -> str:
     return registry.name.removeprefix("single_")
+
+
+def test_what_is_optional_is_not_imported_before_it_is_tried() -> None:
+    code = "import sys; sys.modules.update(triton=None, flashinfer=None); import hornbeam.executor.build"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.name)

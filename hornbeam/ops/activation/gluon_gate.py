@@ -12,8 +12,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hornbeam.ops.device import num_multiprocessors
 from hornbeam.ops.gluon_stages import LAYOUT, make_barriers, multiply_stages
-from hornbeam.ops.launch import cdiv, num_multiprocessors
+from hornbeam.ops.launch import cdiv
 
 _HALF_M = 64
 _SIZE = 128  # gates of a tile

@@ -18,8 +18,8 @@ from hornbeam.ops.attention.balanced import BalancedDecode
 from hornbeam.ops.attention.contract import Attend, Attention, AttentionShape, Fresh, Rows, StoringAttend
 from hornbeam.ops.attention.paged_keys import BLOCK_KEYS, LOG2_E, attend_keys, num_stages
 from hornbeam.ops.attention.triton_row import plan_row
-from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2, num_multiprocessors
+from hornbeam.ops.device import needs_cuda, num_multiprocessors
+from hornbeam.ops.launch import Kernel, cdiv, early_launch, next_power_of_2
 from hornbeam.ops.query import OpQuery
 
 _DECODE_BLOCK = 16  # packed queries of a single row: the least that the matrix units take

@@ -11,8 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hornbeam.ops.device import num_multiprocessors
 from hornbeam.ops.gluon_stages import LAYOUT, make_barriers, multiply_stages
-from hornbeam.ops.launch import num_multiprocessors
 from hornbeam.ops.moe.triton_order import Order
 
 BLOCK_M = 128  # rows of a block of the order

@@ -17,8 +17,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hornbeam.core.fp8 import Fp8Format
-from hornbeam.ops.device import needs_cuda
-from hornbeam.ops.launch import Kernel, cdiv, early_launch, num_multiprocessors
+from hornbeam.ops.device import needs_cuda, num_multiprocessors
+from hornbeam.ops.launch import Kernel, cdiv, early_launch
 from hornbeam.ops.linear.contract import SCALE_BLOCK
 from hornbeam.ops.linear.fp8_rounding import round_rows
 from hornbeam.ops.moe.contract import Experts, ExpertsShape, ExpertWeights, GatedUnit
