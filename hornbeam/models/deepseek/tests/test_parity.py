@@ -99,8 +99,11 @@ def test_prefill_equals_the_reference_in_either_form(
     tmp_path: Path, absorbed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Expanded, the prefix is cut into chunks of six tokens."""
-    pick = lambda sizes, itemsize, lens, *_: list(range(len(lens))) if absorbed else []  # noqa: E731
-    monkeypatch.setattr(latent_prefill, "rows_to_absorb", pick)
+
+    def rows_to_absorb(sizes, itemsize, query_lens, prefix_lens, most) -> list[int]:
+        return list(range(len(query_lens))) if absorbed else []
+
+    monkeypatch.setattr(latent_prefill, "rows_to_absorb", rows_to_absorb)
     monkeypatch.setattr(latent_prefill, "_CHUNK_BYTES", 6 * 4 * 4 * (32 + 16 + 24))
     folder = save_checkpoint(tmp_path, "deepseek_v3", V3)
     assert_parity(folder, reference(folder), page_size=16)
